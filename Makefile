@@ -1,0 +1,85 @@
+# Sets up a private environment, step by step: each leaves a stamp when it is done, so a second run
+# skips it and a run after a failure goes on where the last one stopped.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+DEMO ?= output/demo
+DEMO_OPTS ?=
+
+# The official v0.6 sources of Detectron2 as PyPI has them.
+DETECTRON2 := pb1-detectron2==0.6 \
+  --hash=sha256:5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29
+
+fail = { echo "make: $(1)" >&2; exit 1; }
+
+.PHONY: help setup demo test lint
+help:
+	@echo "make setup   a private environment in $(VENV), with PyTorch and Detectron2"
+	@echo "make demo    train on the embedded data set, evaluate, draw the detections"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and types"
+
+setup: $(VENV)/.package
+
+$(VENV)/.python:
+	@command -v $(PYTHON) > /dev/null || $(call fail,found no $(PYTHON): install Python 3.10 or \
+	newer$(comma) or name one with PYTHON=...)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || $(call fail,$(PYTHON) is \
+	too old: Python 3.10 or newer is needed$(comma) name one with PYTHON=...)
+	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || $(call fail,$(PYTHON) cannot make virtual \
+	environments: install its venv module (Debian: apt install python3-venv))
+	@command -v c++ > /dev/null || $(call fail,found no C++ compiler: install one (Debian: apt \
+	install g++))
+	@$(PYTHON) -m venv --clear $(VENV) || $(call fail,could not make the environment $(VENV))
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt | $(VENV)/.python
+	@$(PIP) install -r requirements.txt || $(call fail,could not install requirements.txt: check \
+	the network connection and run make again)
+	@touch $@
+
+# A Detectron2 that can be imported is used as it is.
+$(VENV)/.detectron2: $(VENV)/.requirements
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)' \
+	|| $(MAKE) --no-print-directory detectron2
+	@touch $@
+
+# Without its compiled ops, whose sources PyPI does not have: a wheel of the Python sources.
+.PHONY: detectron2
+detectron2: SRC := $(VENV)/detectron2
+detectron2:
+	@rm -rf $(SRC) && mkdir -p $(SRC)
+	@echo '$(DETECTRON2)' > $(SRC)/requirement.txt
+	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: --dest $(SRC) \
+	-r $(SRC)/requirement.txt || $(call fail,could not download Detectron2: check the network \
+	connection and run make again)
+	@cd $(SRC) && { tar xzf *.tar.gz --strip-components 1 && mv detectron2/model_zoo/configs . \
+	&& $(abspath $(PY)) setup.py build_py bdist_wheel --skip-build; } > build.log 2>&1 \
+	&& $(abspath $(PY)) -m pip install --no-deps dist/*.whl \
+	|| $(call fail,could not build Detectron2: see $(SRC)/build.log)
+
+$(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation -e . || $(call fail,could not install freeanchor)
+	@touch $@
+
+demo: setup
+	@$(PY) -m freeanchor.shapes $(DEMO)/data
+	@$(PY) train_net.py --config-file configs/quick/free_anchor_R_18_FPN.yaml \
+	--dataset shapes_train $(DEMO)/data/train.json $(DEMO)/data/images \
+	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images \
+	DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)" \
+	INPUT.MIN_SIZE_TRAIN "(256,)" INPUT.MIN_SIZE_TEST 256 OUTPUT_DIR $(DEMO) $(DEMO_OPTS)
+	@$(PY) -m freeanchor.visualize $(DEMO) \
+	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images
+
+test: setup
+	@$(PY) -m pytest
+
+lint: setup
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+comma := ,

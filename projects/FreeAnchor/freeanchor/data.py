@@ -1,0 +1,269 @@
+"""A user's own COCO-format data: registering it, and checking it before any work is done."""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+__all__ = [
+    "DatasetError",
+    "Mapper",
+    "add_dataset_argument",
+    "load",
+    "load_training_set",
+    "register_datasets",
+    "resolve_num_classes",
+]
+
+logger = logging.getLogger(__name__)
+
+# The value of MODEL.RETINANET.NUM_CLASSES that stands for "as many as the data set has".
+NUM_CLASSES_FROM_DATA = 0
+_EXIF_ORIENTATION = 274
+_MOST_NAMED = 5
+
+
+class DatasetError(Exception):
+    """A data set cannot be used. The message names the file and says what to do."""
+
+
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the repeatable option `--dataset NAME ANNOTATIONS IMAGE_DIR`."""
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_DIR"),
+        help="register a data set in COCO format, to be named in DATASETS.TRAIN or DATASETS.TEST; "
+        "may be given several times",
+    )
+
+
+def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
+    """Register data sets in COCO format with Detectron2.
+
+    Args:
+        datasets: (name, annotation file, image directory) triples.
+
+    Raises:
+        DatasetError: a name is taken, the file or directory is missing, or the file is not a COCO
+            annotation file.
+    """
+    for name, json_file, image_root in datasets:
+        if name in DatasetCatalog.list():
+            raise DatasetError(f"--dataset {name}: this name is taken, choose another one")
+        if not PathManager.isfile(json_file):
+            raise DatasetError(f"--dataset {name}: there is no annotation file {json_file}")
+        if not PathManager.isdir(image_root):
+            raise DatasetError(f"--dataset {name}: there is no image directory {image_root}")
+        classes = _read_classes(json_file)
+        register_coco_instances(name, {}, json_file, image_root)
+        # Detectron2 sets them when it loads the data; they are needed before.
+        MetadataCatalog.get(name).thing_classes = classes
+
+
+def _read_classes(json_file: str) -> list[str]:
+    """Names of the classes in a COCO annotation file, in the order of their ids."""
+    try:
+        with PathManager.open(json_file) as f:
+            content = json.load(f)
+    except ValueError as e:  # both broken JSON and broken UTF-8
+        raise DatasetError(f"{json_file} is not a JSON file: {e}") from e
+    if not isinstance(content, dict):
+        raise DatasetError(f"{json_file} is not a COCO annotation file: it holds no object")
+    for key in ("images", "categories"):
+        if not content.get(key):
+            raise DatasetError(f"{json_file} is not a COCO annotation file: it has no `{key}`")
+    try:
+        return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    except (KeyError, TypeError) as e:
+        raise DatasetError(
+            f"{json_file}: every entry of `categories` needs an `id` and a `name`"
+        ) from e
+
+
+def load(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Load registered data sets, and look at the header of every image.
+
+    Args:
+        names: registered data sets.
+
+    Returns:
+        Dicts in Detectron2's standard format.
+
+    Raises:
+        DatasetError: an annotation file cannot be used, or images are missing, unreadable or not
+            of the annotated size. It names the first of them.
+    """
+    try:
+        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(list(names), filter_empty=False)
+    except (AssertionError, KeyError, TypeError, ValueError, OSError) as e:
+        raise DatasetError(f"{_files(names)} cannot be loaded: {e!r}") from e
+    # A missing image would otherwise end the training hours later.
+    with ThreadPoolExecutor() as pool:
+        problems = [p for p in pool.map(_image_problem, dicts) if p is not None]
+    if problems:
+        raise DatasetError(
+            f"{_files(names)}: {len(problems)} of {len(dicts)} images cannot be used. "
+            f"{_first(problems)}. Correct the image directory or the annotation file"
+        )
+    return dicts
+
+
+def _files(names: Sequence[str]) -> str:
+    return ", ".join(str(MetadataCatalog.get(name).get("json_file", name)) for name in names)
+
+
+def _classes(name: str) -> list[str]:
+    if name not in DatasetCatalog.list():
+        raise DatasetError(
+            f"data set {name} is not known: register it with --dataset {name} ANNOTATIONS.json "
+            f"IMAGE_DIR, or use one of {', '.join(DatasetCatalog.list()[:_MOST_NAMED])}, ..."
+        )
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        load([name])  # Detectron2 learns the classes of some data sets only then
+    return list(MetadataCatalog.get(name).get("thing_classes", []))
+
+
+def resolve_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Make model and data sets agree on the classes.
+
+    Args:
+        cfg: its `MODEL.RETINANET.NUM_CLASSES` is set from the first data set if it is
+            `NUM_CLASSES_FROM_DATA`.
+        names: the data sets to be used, training first.
+
+    Raises:
+        DatasetError: a data set is not registered, or two data sets, or a data set and the
+            config, do not have the same classes.
+    """
+    if not names:
+        raise DatasetError("there is no data set: name one in DATASETS.TRAIN or DATASETS.TEST")
+    first = _classes(names[0])
+    for name in names[1:]:
+        other = _classes(name)
+        if len(other) != len(first):
+            raise DatasetError(
+                f"{names[0]} has {len(first)} classes and {name} has {len(other)}: the "
+                "`categories` of their annotation files must be the same"
+            )
+        for i, (ours, theirs) in enumerate(zip(first, other)):
+            if ours != theirs:
+                raise DatasetError(
+                    f"class {i} of {len(first)} is {ours!r} in {names[0]} and {theirs!r} in "
+                    f"{name}: the `categories` of their annotation files must be the same"
+                )
+    if cfg.MODEL.RETINANET.NUM_CLASSES == NUM_CLASSES_FROM_DATA:
+        cfg.MODEL.RETINANET.NUM_CLASSES = len(first)
+        logger.info(f"MODEL.RETINANET.NUM_CLASSES is {len(first)}, as in data set {names[0]}")
+    elif len(first) != cfg.MODEL.RETINANET.NUM_CLASSES:
+        raise DatasetError(
+            f"MODEL.RETINANET.NUM_CLASSES is {cfg.MODEL.RETINANET.NUM_CLASSES}, but {names[0]} "
+            f"has {len(first)} classes: leave the key out to take the number from the data"
+        )
+
+
+def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str, Any]]:
+    """Load data sets for training, without the boxes that no detector can learn from.
+
+    Boxes without width or height, outside their image, or not finite are dropped, counted and
+    logged with an example.
+
+    Args:
+        names: registered data sets.
+        filter_empty: leave out images without a usable box.
+
+    Returns:
+        Dicts in Detectron2's standard format.
+
+    Raises:
+        DatasetError: see :func:`load`; or no usable box is left.
+    """
+    dicts = load(names)
+    dropped: list[str] = []
+    num_boxes = 0
+    for record in dicts:
+        usable = []
+        for annotation in record["annotations"]:
+            problem = _box_problem(annotation, record)
+            if problem is None:
+                usable.append(annotation)
+            else:
+                dropped.append(f"{record['file_name']}: box {annotation.get('bbox')} {problem}")
+        record["annotations"] = usable
+        num_boxes += sum(not a.get("iscrowd", 0) for a in usable)
+    if dropped:
+        logger.warning(f"Dropped {len(dropped)} boxes. {_first(dropped)}")
+    if num_boxes == 0:
+        raise DatasetError(
+            f"{_files(names)}: no usable box in {len(dicts)} images ({len(dropped)} boxes "
+            "dropped, crowd boxes not counted), so there is nothing to train on"
+        )
+    return filter_images_with_only_crowd_annotations(dicts) if filter_empty else dicts
+
+
+def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> "str | None":
+    if len(annotation.get("bbox", ())) != 4:
+        return "does not have four numbers"
+    x1, y1, x2, y2 = BoxMode.convert(
+        [float(v) for v in annotation["bbox"]], annotation["bbox_mode"], BoxMode.XYXY_ABS
+    )
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return "is not finite"
+    if x2 <= x1 or y2 <= y1:
+        return "has no area"
+    if x1 >= record["width"] or y1 >= record["height"] or x2 <= 0 or y2 <= 0:
+        return f"is outside the image of {record['width']} x {record['height']} pixels"
+    return None
+
+
+def _image_problem(record: dict[str, Any]) -> "str | None":
+    file_name = record["file_name"]
+    if not PathManager.isfile(file_name):
+        return f"{file_name} is missing"
+    try:
+        with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
+            size = image.size
+            if image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:  # turned by 90 degrees on reading
+                size = size[::-1]
+    except OSError as e:
+        return f"{file_name} is not a readable image ({e})"
+    if size != (record["width"], record["height"]):
+        return (
+            f"{file_name} has {size[0]} x {size[1]} pixels, but {record['width']} x "
+            f"{record['height']} in its annotation"
+        )
+    return None
+
+
+def _first(messages: Sequence[str]) -> str:
+    more = len(messages) - _MOST_NAMED
+    return "; ".join(messages[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper, whose errors name the image: a header does not show every damage."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            mapped: dict[str, Any] = super().__call__(dataset_dict)
+        except (OSError, ValueError, SyntaxError) as e:
+            raise DatasetError(f"{dataset_dict['file_name']} cannot be read: {e}") from e
+        return mapped

@@ -1,0 +1,150 @@
+"""Pictures of a finished run: `python -m freeanchor.visualize OUTPUT_DIR`.
+
+Detections beside ground truth, and curves of the losses and the matching. It reads what
+`train_net.py` wrote; no model is run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .config import add_freeanchor_config
+from .data import add_dataset_argument, register_datasets
+
+_CURVES = (
+    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
+    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
+    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
+)
+
+
+def draw_detections(
+    record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
+) -> np.ndarray:
+    """Draw the ground truth of an image and, to its right, its detections.
+
+    Args:
+        record: the image in Detectron2's standard format.
+        detections: its detections in COCO's result format.
+        metadata: classes of the data set, and its `thing_dataset_id_to_contiguous_id`.
+        score_thresh: detections with a lower score are left out.
+
+    Returns:
+        (H, 2 * W, 3) uint8 RGB image.
+    """
+    image = read_image(record["file_name"], "RGB")
+    truth = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
+    shown = [d for d in detections if d["score"] >= score_thresh]
+    boxes = np.array([d["bbox"] for d in shown], dtype=np.float64).reshape(-1, 4)
+    instances = Instances(image.shape[:2])
+    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    instances.scores = np.array([d["score"] for d in shown])
+    classes = metadata.thing_dataset_id_to_contiguous_id
+    instances.pred_classes = np.array([classes[d["category_id"]] for d in shown], dtype=np.int64)
+    found = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+    return np.concatenate((truth, found), axis=1)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read `metrics.json`, without what a later run into the same folder has overtaken.
+
+    Args:
+        path: the file that Detectron2's `JSONWriter` appends to.
+
+    Returns:
+        Records in increasing order of `iteration`.
+    """
+    records: list[dict[str, float]] = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        while records and records[-1]["iteration"] >= record["iteration"]:
+            records.pop()
+        records.append(record)
+    return records
+
+
+def draw_curves(records: list[dict[str, float]]) -> Figure:
+    """Plot the losses and what FreeAnchor logs of its matching, over the iterations.
+
+    Args:
+        records: see :func:`read_metrics`.
+
+    Returns:
+        A figure, to be saved.
+    """
+    figure = Figure(figsize=(6, 9), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(len(_CURVES), sharex=True), _CURVES):
+        for key in keys:
+            points = [(r["iteration"], r[key]) for r in records if key in r]
+            axes.plot(*zip(*points), label=key.split("/")[-1])
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    axes.set_xlabel("iteration")
+    return figure
+
+
+def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
+    """Write the pictures of the run in `cfg.OUTPUT_DIR`.
+
+    Args:
+        cfg: config of the run.
+        num_images: images per data set of `cfg.DATASETS.TEST`, spread evenly over it.
+        score_thresh: see :func:`draw_detections`.
+
+    Returns:
+        The folder with the pictures.
+    """
+    output_dir = Path(cfg.OUTPUT_DIR)
+    pictures = output_dir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
+    for name in cfg.DATASETS.TEST:
+        records = DatasetCatalog.get(name)
+        results = output_dir / "inference" / name / "coco_instances_results.json"
+        detections: dict[int, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
+        for detection in json.loads(results.read_text()):
+            detections[detection["image_id"]].append(detection)
+        chosen = np.linspace(0, len(records) - 1, min(num_images, len(records)), dtype=int)
+        for record in (records[i] for i in chosen):
+            picture = draw_detections(
+                record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
+            )
+            Image.fromarray(picture).save(pictures / f"{name}_{record['image_id']}.png")
+    return pictures
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m freeanchor.visualize", description="Pictures of a finished run."
+    )
+    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--score-thresh", type=float, default=0.3)
+    add_dataset_argument(parser)
+    args = parser.parse_args()
+    for name in ("config.yaml", "metrics.json"):
+        if not (args.output_dir / name).is_file():
+            parser.error(f"{args.output_dir} has no {name}: it is not the output of a training")
+    cfg = get_cfg()
+    add_freeanchor_config(cfg)
+    cfg.merge_from_file(str(args.output_dir / "config.yaml"))
+    cfg.OUTPUT_DIR = str(args.output_dir)
+    register_datasets(args.dataset)
+    pictures = write_pictures(cfg, args.num_images, args.score_thresh)
+    print(f"Detections beside ground truth and the curves of the training are in {pictures}")
+
+
+if __name__ == "__main__":
+    main()

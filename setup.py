@@ -1,0 +1,5 @@
+"""The extension modules, none so far. All else is in setup.cfg."""
+
+from setuptools import setup
+
+setup()

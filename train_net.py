@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+r"""Train and evaluate FreeAnchor: Detectron2's `tools/train_net.py` for this project.
+
+train_net.py --config-file configs/COCO-Detection/free_anchor_R_50_FPN_1x.yaml --num-gpus 8
+train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+train_net.py --config-file ... --dataset my_train train.json images/ \\
+        --dataset my_val val.json images/ DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)"
+"""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+# Before Detectron2: it makes 0.6 work with today's packages, and registers the architecture.
+import freeanchor  # isort: skip
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.utils import comm
+from freeanchor import compat, data
+
+logger = logging.getLogger("freeanchor.train_net")
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer, on checked data and with COCO evaluation."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return build_detection_train_loader(
+            cfg,
+            mapper=data.Mapper(cfg, is_train=True),
+            dataset=data.load_training_set(
+                cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            ),
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=data.Mapper(cfg, is_train=False)
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            use_fast_impl=compat.HAS_COMPILED_OPS,
+        )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read config and data sets, and stop here if they do not fit together."""
+    cfg = get_cfg()
+    freeanchor.add_freeanchor_config(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer is for CUDA only
+    data.register_datasets(args.dataset)
+    names: list[str] = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    data.resolve_num_classes(cfg, names)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if use_cpu:
+        logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
+    if comm.is_main_process():
+        data.load(cfg.DATASETS.TEST)  # an error now, not at the end of a long training
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, or evaluate with --eval-only, in one of the launched processes."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results: dict[str, Any] = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    if not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT > 0 and not args.resume:
+        logger.warning(
+            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT freezes the first layers: they "
+            "stay random. Give ImageNet weights, or set FREEZE_AT 0 and a trainable norm"
+        )
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line, and refuse what cannot run."""
+    parser = default_argument_parser()
+    data.add_dataset_argument(parser)
+    args = parser.parse_args()
+    if not os.path.isfile(args.config_file):
+        parser.error(f"--config-file: there is no file {args.config_file!r}")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0:
+        args.num_gpus = 1  # one process, on the CPU
+    elif args.num_gpus > num_gpus:
+        parser.error(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except data.DatasetError as e:
+        raise SystemExit(f"train_net.py: {e}") from e
