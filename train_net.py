@@ -21,6 +21,7 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from freeanchor import compat, data
 
 logger = logging.getLogger("freeanchor.train_net")
@@ -70,6 +71,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     data.resolve_num_classes(cfg, names)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
     if use_cpu:
         logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
     if comm.is_main_process():

@@ -67,6 +67,10 @@ def _restore_pkg_resources() -> None:
 class _MissingOps(types.ModuleType):
     """Stands in for `detectron2._C`: importable, as Detectron2 needs it, but without any op."""
 
+    # What Detectron2's report of the environment asks for at the start of every run.
+    has_cuda = staticmethod(lambda: False)
+    get_compiler_version = get_cuda_version = staticmethod(lambda: "none, compiled ops are missing")
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system and inspect look for such names
             raise AttributeError(name)

@@ -172,7 +172,6 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
                 )
     if cfg.MODEL.RETINANET.NUM_CLASSES == NUM_CLASSES_FROM_DATA:
         cfg.MODEL.RETINANET.NUM_CLASSES = len(first)
-        logger.info(f"MODEL.RETINANET.NUM_CLASSES is {len(first)}, as in data set {names[0]}")
     elif len(first) != cfg.MODEL.RETINANET.NUM_CLASSES:
         raise DatasetError(
             f"MODEL.RETINANET.NUM_CLASSES is {cfg.MODEL.RETINANET.NUM_CLASSES}, but {names[0]} "
@@ -241,7 +240,9 @@ def _image_problem(record: dict[str, Any]) -> "str | None":
     try:
         with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
             size = image.size
-            if image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:  # turned by 90 degrees on reading
+            # Detectron2 turns such an image by 90 degrees. Without EXIF in the header, getexif()
+            # would decode a whole PNG to look for it.
+            if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
                 size = size[::-1]
     except OSError as e:
         return f"{file_name} is not a readable image ({e})"

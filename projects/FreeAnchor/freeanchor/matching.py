@@ -34,8 +34,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
     inter = width.mul_(height)
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
-    # Two boxes without area have neither intersection nor union: 0, not 0/0.
-    return inter / torch.where(inter > 0, union, 1)
+    # 0, not NaN, for two boxes without area and for a prediction that overflowed.
+    return torch.where(inter > 0, inter / union, 0)
 
 
 def encode_boxes(

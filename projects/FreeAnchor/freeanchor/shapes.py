@@ -1,12 +1,14 @@
 """A small data set to see FreeAnchor at work: `python -m freeanchor.shapes OUT_DIR`.
 
-It has what the method is made for: slender bars, crowded discs, and rings and angles whose centre
-does not lie on the object, on textured backgrounds. Colours say nothing about the class. The same
+It has what the method is made for: slender bars, crowds, and rings and crescents whose centre does
+not lie on the object, on textured backgrounds. Colours say nothing about the class. The same
 seed gives the same bytes.
 """
 
 import argparse
+import colorsys
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-CLASSES = ("bar", "disc", "ring", "angle")
+CLASSES = ("bar", "disc", "ring", "crescent")
 _SIZE = 256
 # An object is refused where it would leave less than this of another one, or of itself, to see.
-_MIN_VISIBLE = 0.6
+_MIN_VISIBLE = 0.7
 _MAX_TRIES = 60
 
 
@@ -28,40 +30,37 @@ def _noise(rng: np.random.Generator, cells: int) -> NDArray[Any]:
     return noise.clip(0, 1)
 
 
-def _texture(rng: np.random.Generator, cells: int, contrast: float) -> NDArray[Any]:
-    """(S, S, 3) texture between two similar colours, in [0, 1]."""
-    colour = rng.uniform(0.1, 0.9, 3)
-    other = (colour + rng.uniform(-contrast, contrast, 3)).clip(0, 1)
-    texture: NDArray[Any] = colour + (other - colour) * _noise(rng, cells)[..., None]
+def _texture(rng: np.random.Generator, cells: int, saturation: float) -> NDArray[Any]:
+    """(S, S, 3) texture between two shades of a random colour, in [0, 1]."""
+    hue, shade = rng.random(), rng.uniform(0.5, 1)
+    colour = np.array(colorsys.hsv_to_rgb(hue, saturation, shade), dtype=np.float32)
+    texture: NDArray[Any] = colour * (0.6 + 0.4 * _noise(rng, cells)[..., None])
     return texture
-
-
-def _rectangle(u: NDArray[Any], v: NDArray[Any], width: float, height: float) -> NDArray[Any]:
-    return np.maximum(np.abs(u) - width / 2, np.abs(v) - height / 2)
 
 
 def _coverage(rng: np.random.Generator, name: str, x: float, y: float) -> NDArray[Any]:
     """(S, S) share of each pixel that an object of random size and pose around (x, y) covers."""
-    angle = rng.integers(4) * np.pi / 2 + rng.uniform(-0.1, 0.1)
-    dy, dx = np.mgrid[:_SIZE, :_SIZE] + 0.5 - np.array([y, x]).reshape(2, 1, 1)
-    u = dx * np.cos(angle) + dy * np.sin(angle)
-    v = dy * np.cos(angle) - dx * np.sin(angle)
+    angle = float(rng.integers(4) * np.pi / 2 + rng.uniform(-0.1, 0.1))
+    cos, sin = math.cos(angle), math.sin(angle)
+    dy, dx = np.ogrid[:_SIZE, :_SIZE]
+    dy, dx = (dy + 0.5 - y).astype(np.float32), (dx + 0.5 - x).astype(np.float32)
+    u = dx * cos + dy * sin
+    v = dy * cos - dx * sin
     # The (signed) distance from the outline: an anti-aliased mask with exact geometry.
     if name == "bar":
-        length = rng.uniform(60, 150)
-        distance = _rectangle(u, v, length, length / rng.uniform(5, 9))
+        length = rng.uniform(60, 140)
+        distance = np.maximum(abs(u) - length / 2, abs(v) - length / rng.uniform(8, 14))
     elif name == "disc":
         distance = np.hypot(u, v) - rng.uniform(12, 30)
     elif name == "ring":
         radius = rng.uniform(18, 42)
         distance = np.abs(np.hypot(u, v) - radius * 0.85) - radius * 0.15
     else:
-        length, width = rng.uniform(40, 90), rng.uniform(9, 15)
-        shift = (length - width) / 2
-        distance = np.minimum(
-            _rectangle(u, v - shift, length, width), _rectangle(u + shift, v, width, length)
-        )
-    return (0.5 - distance).clip(0, 1)
+        radius = rng.uniform(20, 42)
+        hollow = np.hypot(u - 0.5 * radius, v) - 0.8 * radius
+        distance = np.maximum(np.hypot(u, v) - radius, -hollow)
+    coverage: NDArray[Any] = (0.5 - distance).clip(0, 1)
+    return coverage
 
 
 def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
@@ -74,10 +73,10 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
         (S, S, 3) uint8 RGB image, and per object a dict with `category_id` (from 1), `bbox`
         (x, y, width, height of the whole object, also of what others hide) and `area`.
     """
-    image = _texture(rng, int(rng.integers(4, 24)), 0.4)
+    image = _texture(rng, int(rng.integers(4, 24)), 0.2)
     objects: list[dict[str, Any]] = []
     masks: list[NDArray[Any]] = []  # what can be seen of each object
-    wanted = int(rng.integers(3, 11))
+    wanted = int(rng.integers(6, 13))
     for _ in range(_MAX_TRIES):
         if len(objects) == wanted:
             break
@@ -106,7 +105,7 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
                 "area": float(mask.sum()),
             }
         )
-        texture = _texture(rng, int(rng.integers(8, 40)), 0.2)
+        texture = _texture(rng, int(rng.integers(8, 40)), 0.9)
         image = image + (texture - image) * cover[..., None]
     image = image + 0.03 * rng.standard_normal(image.shape, dtype=np.float32)
     return (image.clip(0, 1) * 255).round().astype(np.uint8), objects

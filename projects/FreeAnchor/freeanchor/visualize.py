@@ -13,9 +13,11 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
+from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from .config import add_freeanchor_config
@@ -30,7 +32,7 @@ _CURVES = (
 
 def draw_detections(
     record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
-) -> np.ndarray:
+) -> NDArray[Any]:
     """Draw the ground truth of an image and, to its right, its detections.
 
     Args:
@@ -43,16 +45,38 @@ def draw_detections(
         (H, 2 * W, 3) uint8 RGB image.
     """
     image = read_image(record["file_name"], "RGB")
-    truth = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
-    shown = [d for d in detections if d["score"] >= score_thresh]
-    boxes = np.array([d["bbox"] for d in shown], dtype=np.float64).reshape(-1, 4)
-    instances = Instances(image.shape[:2])
-    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-    instances.scores = np.array([d["score"] for d in shown])
-    classes = metadata.thing_dataset_id_to_contiguous_id
-    instances.pred_classes = np.array([classes[d["category_id"]] for d in shown], dtype=np.int64)
-    found = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
-    return np.concatenate((truth, found), axis=1)
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
+    truth = [
+        (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
+        for a in record["annotations"]
+    ]
+    found = [
+        (
+            BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
+            contiguous[d["category_id"]],
+            f" {d['score']:.0%}",
+        )
+        for d in detections
+        if d["score"] >= score_thresh
+    ]
+    return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=1)
+
+
+def _draw_boxes(
+    image: NDArray[Any], objects: list[tuple[list[float], int, str]], metadata: Any
+) -> NDArray[Any]:
+    """Draw (box, class, what to say after the class) on an image, a colour for each class."""
+    colors = colormap(rgb=True, maximum=1)
+    drawn: NDArray[Any] = (
+        Visualizer(image, metadata)
+        .overlay_instances(
+            boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
+            labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
+            assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
+        )
+        .get_image()
+    )
+    return drawn
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -85,8 +109,12 @@ def draw_curves(records: list[dict[str, float]]) -> Figure:
     figure = Figure(figsize=(6, 9), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(len(_CURVES), sharex=True), _CURVES):
         for key in keys:
-            points = [(r["iteration"], r[key]) for r in records if key in r]
-            axes.plot(*zip(*points), label=key.split("/")[-1])
+            logged = [r for r in records if key in r]
+            axes.plot(
+                [r["iteration"] for r in logged],
+                [r[key] for r in logged],
+                label=key.split("/")[-1],
+            )
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()

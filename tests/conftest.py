@@ -1,0 +1,108 @@
+"""What several test files need."""
+
+import json
+from pathlib import Path
+
+import freeanchor  # isort: skip  # makes Detectron2 importable
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+QUICK = REPOSITORY / "configs" / "quick" / "free_anchor_R_18_FPN.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _storage():
+    """The model logs to an EventStorage, as Detectron2's models do."""
+    with EventStorage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def storage(_storage):
+    return _storage
+
+
+@pytest.fixture(autouse=True)
+def _forget_datasets():
+    """Data sets that a test registers are gone after it."""
+    known = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+def quick_cfg():
+    """The quick config, on the CPU and with three classes."""
+    cfg = get_cfg()
+    freeanchor.add_freeanchor_config(cfg)
+    cfg.merge_from_file(str(QUICK))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    return cfg
+
+
+@pytest.fixture
+def cfg():
+    return quick_cfg()
+
+
+@pytest.fixture
+def model(cfg):
+    return build_model(cfg)
+
+
+def instances(boxes, classes, image_size=(64, 64)):
+    """Ground truth of one image as Detectron2's mapper makes it."""
+    result = Instances(image_size)
+    result.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    result.gt_classes = torch.as_tensor(classes, dtype=torch.int64)
+    return result
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A small data set in COCO format, as a function of what is to be wrong with it."""
+
+    def write(name="train", num_images=4, category_ids=(1, 2, 3), annotations=None, **changes):
+        rng = np.random.default_rng(len(name))
+        folder = tmp_path / name
+        folder.mkdir()
+        content = {"images": [], "annotations": [], "categories": []}
+        for i in range(1, num_images + 1):
+            pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            content["images"].append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48})
+            content["annotations"].append(
+                {
+                    "id": i,
+                    "image_id": i,
+                    "category_id": category_ids[i % len(category_ids)],
+                    "bbox": [8 + i, 6, 30, 20],
+                    "area": 600,
+                    "iscrowd": 0,
+                }
+            )
+        for i, extra in enumerate(annotations or (), start=num_images + 1):
+            content["annotations"].append(
+                {"id": i, "image_id": 1, "category_id": category_ids[0], "iscrowd": 0, **extra}
+            )
+        content["categories"] = [{"id": i, "name": f"class {i}"} for i in category_ids]
+        content.update(changes)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return name, str(tmp_path / f"{name}.json"), str(folder)
+
+    return write

@@ -1,0 +1,94 @@
+"""The paper's formulas, transcribed with plain loops over Python floats.
+
+Independent of the package and of PyTorch: nothing here is clever, fast or shared with it.
+"""
+
+import math
+
+K, THRESHOLD, WEIGHT, BETA, ALPHA, GAMMA = 50, 0.6, 0.75, 0.11, 0.5, 2.0
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    inter = width * height
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def bag(anchors, box, k=K):
+    """Anchor indices: higher IoU, then nearer centre, then lower index."""
+
+    def key(j):
+        a = anchors[j]
+        distance = (a[0] + a[2] - box[0] - box[2]) ** 2 + (a[1] + a[3] - box[1] - box[3]) ** 2
+        return -iou(a, box), distance, j
+
+    return sorted(range(len(anchors)), key=key)[:k]
+
+
+def centre_and_size(box):
+    width, height = box[2] - box[0], box[3] - box[1]
+    return box[0] + width / 2, box[1] + height / 2, width, height
+
+
+def encode(box, anchor):
+    bx, by, bw, bh = centre_and_size(box)
+    ax, ay, aw, ah = centre_and_size(anchor)
+    deltas = ((bx - ax) / aw, (by - ay) / ah, math.log(bw / aw), math.log(bh / ah))
+    return [w * d for w, d in zip(BOX_WEIGHTS, deltas)]
+
+
+def decode(delta, anchor):
+    dx, dy, dw, dh = (d / w for w, d in zip(BOX_WEIGHTS, delta))
+    ax, ay, aw, ah = centre_and_size(anchor)
+    x, y = ax + dx * aw, ay + dy * ah
+    width, height = math.exp(dw) * aw, math.exp(dh) * ah
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def smooth_l1(d):
+    return 0.5 * d * d / BETA if abs(d) < BETA else abs(d) - 0.5 * BETA
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def mean_max(probs):
+    weights = [1 / (1 - p) for p in probs]
+    return sum(w * p for w, p in zip(weights, probs)) / sum(weights)
+
+
+def losses(anchors, logits, deltas, boxes, classes, k=K):
+    """Positive and negative loss.
+
+    anchors [R][4]; logits [N][R][C]; deltas [N][R][4]; boxes [N][M][4]; classes [N][M].
+    """
+    num_objects = sum(len(b) for b in boxes)
+    positive = negative = 0.0
+    for n in range(len(logits)):
+        for box, cls in zip(boxes[n], classes[n]):
+            matched = []
+            for j in bag(anchors, box, k):
+                target = encode(box, anchors[j])
+                distance = sum(smooth_l1(d - t) for d, t in zip(deltas[n][j], target))
+                matched.append(sigmoid(logits[n][j][cls]) * math.exp(-WEIGHT * distance))
+            positive -= math.log(mean_max(matched))
+        predicted = [decode(d, a) for d, a in zip(deltas[n], anchors)]
+        in_positives = [[0.0] * len(row) for row in logits[n]]
+        for box, cls in zip(boxes[n], classes[n]):
+            overlaps = [iou(p, box) for p in predicted]
+            best = max(overlaps)
+            for j, overlap in enumerate(overlaps):
+                if overlap > THRESHOLD:
+                    p = min(1.0, (overlap - THRESHOLD) / (best - THRESHOLD))
+                    in_positives[j][cls] = max(in_positives[j][cls], p)
+        for row, p_row in zip(logits[n], in_positives):
+            for x, p in zip(row, p_row):
+                q = sigmoid(x) * (1 - p)
+                negative += q**GAMMA * -math.log(1 - q)
+    num_objects = max(1, num_objects)
+    return ALPHA * positive / num_objects, (1 - ALPHA) * negative / (K * num_objects)

@@ -1,0 +1,112 @@
+"""Detectron2 0.6 on today's packages. Each case runs in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+from freeanchor import compat
+
+
+def run(code):
+    """Output of `code` in a new interpreter; its traceback if it fails."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_everything_that_detectors_need_can_be_imported():
+    """Model zoo, trainer, evaluators and visualiser import after `freeanchor`."""
+    code = """
+import freeanchor
+import detectron2.engine, detectron2.evaluation, detectron2.model_zoo, detectron2.utils.visualizer
+import detectron2.data.transforms
+print(len(detectron2.model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")) > 0)
+"""
+    assert run(code) == "True"
+
+
+def test_without_pkg_resources():
+    """setuptools 81 and later do not have it: the stand-in finds the configs of the model zoo."""
+    code = """
+import importlib.util as util, sys
+find = util.find_spec
+util.find_spec = lambda name, *a: None if name == "pkg_resources" else find(name, *a)
+sys.modules.pop("pkg_resources", None)
+import freeanchor
+import os, pkg_resources
+assert not hasattr(pkg_resources, "__file__"), "this is the real one"
+from detectron2 import model_zoo
+print(os.path.isfile(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")))
+"""
+    assert run(code) == "True"
+
+
+def test_what_is_there_is_left_alone():
+    """Names that NumPy and Pillow still have are not replaced."""
+    code = """
+import numpy, PIL.Image
+numpy.int, PIL.Image.LINEAR = "mine", "mine too"
+real_bool = numpy.bool_
+import freeanchor
+assert numpy.int == "mine" and PIL.Image.LINEAR == "mine too"
+assert "bool" not in numpy.__dict__ or numpy.bool in (real_bool, bool)
+print(numpy.float is float, numpy.object is object)
+"""
+    assert run(code) == "True True"
+
+
+def test_compiled_ops_that_are_there_are_used():
+    """A Detectron2 with compiled ops keeps them."""
+    code = """
+import importlib.machinery as machinery, importlib.util as util, sys, types
+find = util.find_spec
+spec = machinery.ModuleSpec("detectron2._C", None)
+util.find_spec = lambda name, *a: spec if name == "detectron2._C" else find(name, *a)
+sys.modules["detectron2._C"] = real = types.ModuleType("detectron2._C")
+from freeanchor import compat
+print(compat.HAS_COMPILED_OPS, sys.modules["detectron2._C"] is real)
+"""
+    assert run(code) == "True True"
+
+
+@pytest.mark.skipif(compat.HAS_COMPILED_OPS, reason="this Detectron2 has its compiled ops")
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from detectron2.layers import batched_nms_rotated as f; t = torch.rand(2, 5);"
+        " f(t, t[:, 0], t[:, 0].long(), 0.5)",
+        "from detectron2.structures import RotatedBoxes as B, pairwise_iou_rotated as f;"
+        " b = B(torch.rand(2, 5)); f(b, b)",
+        "from detectron2 import _C; _C.COCOevalEvaluateImages",
+    ],
+    ids=["nms_rotated", "box_iou_rotated", "coco_eval"],
+)
+def test_a_missing_op_says_how_to_get_it(use):
+    """The use of a compiled op ends in a message, not in an AttributeError."""
+    code = f"""
+import freeanchor, torch
+try:
+    {use}
+except RuntimeError as e:
+    print(e)
+"""
+    message = run(code)
+    assert "without its compiled ops" in message
+    assert "INSTALL.md" in message
+
+
+def test_without_detectron2():
+    """A missing Detectron2 is named, with what to do."""
+    code = """
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *a: None if name == "detectron2" else find(name, *a)
+try:
+    import freeanchor
+except ImportError as e:
+    print(e)
+"""
+    message = run(code)
+    assert "needs Detectron2, which is not installed" in message
+    assert "make setup" in message

@@ -1,0 +1,114 @@
+"""The configs: each one builds a model, and says what its name says."""
+
+import freeanchor
+import pytest
+from conftest import QUICK, REPOSITORY
+from detectron2.checkpoint.catalog import ModelCatalog
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from freeanchor import FreeAnchor
+
+COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
+JITTER = tuple(range(640, 801, 32))
+ENHANCED = tuple(range(480, 961, 32))
+# name: depth, groups x width, iterations, training sizes
+EXPECTED = {
+    "R_50_FPN_1x": (50, (1, 64), 90000, (800,)),
+    "R_50_FPN_j1x": (50, (1, 64), 90000, JITTER),
+    "R_50_FPN_3x": (50, (1, 64), 270000, JITTER),
+    "R_101_FPN_1x": (101, (1, 64), 90000, (800,)),
+    "R_101_FPN_j2x": (101, (1, 64), 180000, JITTER),
+    "R_101_FPN_e2x": (101, (1, 64), 180000, ENHANCED),
+    "X_101_32x4d_FPN_1x": (101, (32, 4), 90000, (800,)),
+    "X_101_32x8d_FPN_2x": (101, (32, 8), 180000, JITTER),
+    "X_101_64x4d_FPN_j2x": (101, (64, 4), 180000, JITTER),
+    "X_101_64x4d_FPN_e2x": (101, (64, 4), 180000, ENHANCED),
+}
+
+
+def load(path):
+    cfg = get_cfg()
+    freeanchor.add_freeanchor_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def test_every_config_is_checked():
+    """A config that is added is added here too."""
+    assert {p.stem.removeprefix("free_anchor_") for p in COCO} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", [*COCO, QUICK], ids=lambda p: p.stem)
+def test_config_builds_a_model(path):
+    """The model has the parts that the config promises, and nothing in the yaml runs code."""
+    assert "!!" not in path.read_text()
+    model = build_model(load(path))
+    assert isinstance(model, FreeAnchor)
+    assert model.anchor_generator.num_cell_anchors == [9] * 5
+    assert model.anchor_matcher is None
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)
+def test_config_is_the_official_one(path):
+    """Architecture, schedule, training sizes and solver; see the paper's repository."""
+    cfg = load(path)
+    depth, groups, iterations, sizes = EXPECTED[path.stem.removeprefix("free_anchor_")]
+    assert depth == cfg.MODEL.RESNETS.DEPTH
+    assert groups == (cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP)
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 == (groups == (1, 64))
+    assert iterations == cfg.SOLVER.MAX_ITER
+    warm = {90000: (60000, 80000), 180000: (120000, 160000), 270000: (210000, 250000)}
+    assert warm[iterations] == cfg.SOLVER.STEPS
+    assert sizes == cfg.INPUT.MIN_SIZE_TRAIN
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+    assert cfg.MODEL.FREEANCHOR == {
+        "PRE_ANCHOR_TOPK": 50,
+        "BBOX_THRESHOLD": 0.6,
+        "BBOX_REG_WEIGHT": 0.75,
+    }
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)
+def test_weights_are_in_the_catalogue(path):
+    """Each name of ImageNet weights is one that Detectron2 resolves."""
+    weights = load(path).MODEL.WEIGHTS
+    if "32x4d" in path.stem:
+        assert weights == ""  # Detectron2 has none
+    elif weights.startswith("catalog://"):
+        assert ModelCatalog.get(weights.removeprefix("catalog://")).endswith(".pkl")
+    else:
+        name = weights.removeprefix("detectron2://ImageNetPretrained/").removesuffix(".pkl")
+        assert name in ModelCatalog.C2_IMAGENET_MODELS
+
+
+def test_learning_rates():
+    """Warm-up over 500 iterations from a third; biases at twice the rate and without decay."""
+    cfg = load(QUICK.parent.parent / "COCO-Detection" / "free_anchor_R_50_FPN_1x.yaml")
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    rates = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[parameter] = group["lr"], group["weight_decay"]
+    assert rates[model.head.cls_score.weight] == (0.01, 0.0001)
+    assert rates[model.head.cls_score.bias] == (0.02, 0.0)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    weight_group = next(g for g in optimizer.param_groups if g["initial_lr"] == 0.01)
+    assert weight_group["lr"] == pytest.approx(0.01 / 3)
+    optimizer.step()
+    for _ in range(500):
+        scheduler.step()
+    assert weight_group["lr"] == pytest.approx(0.01)
+
+
+def test_one_gpu_scales_the_schedule():
+    """Trap 14: on one GPU the learning rate of eight would give NaN."""
+    cfg = DefaultTrainer.auto_scale_workers(load(COCO[0]), 1)
+    assert cfg.SOLVER.IMS_PER_BATCH == 2
+    assert pytest.approx(0.01 / 8) == cfg.SOLVER.BASE_LR
+    assert cfg.SOLVER.WARMUP_ITERS == 4000

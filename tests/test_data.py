@@ -1,0 +1,266 @@
+"""Own data sets: what is accepted, what is dropped, and what the errors say."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from freeanchor import data
+from freeanchor.data import DatasetError
+from PIL import Image
+
+
+def message(error):
+    """The message, which must be one clear sentence for the user, not a repr of a dict."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# Registration
+
+
+def test_registers_and_knows_its_classes(coco):
+    """Classes are known before the data is loaded, in the order of their ids, gaps and all."""
+    name, path, images = coco(category_ids=(90, 3, 7))
+    data.register_datasets([(name, path, images)])
+    assert MetadataCatalog.get(name).thing_classes == ["class 3", "class 7", "class 90"]
+    dicts = data.load([name])
+    assert len(dicts) == 4
+    assert {a["category_id"] for d in dicts for a in d["annotations"]} == {0, 1, 2}
+
+
+def test_name_that_is_taken(coco):
+    """A second data set of a name is refused, also a name of Detectron2's own."""
+    _, path, images = coco()
+    with pytest.raises(DatasetError, match="coco_2017_train: this name is taken"):
+        data.register_datasets([("coco_2017_train", path, images)])
+
+
+def test_missing_annotation_file(coco, tmp_path):
+    """The file is named."""
+    _, _, images = coco()
+    with pytest.raises(DatasetError, match=r"no annotation file .*nowhere\.json"):
+        data.register_datasets([("mine", str(tmp_path / "nowhere.json"), images)])
+
+
+def test_missing_image_directory(coco, tmp_path):
+    """The directory is named."""
+    _, path, _ = coco()
+    with pytest.raises(DatasetError, match="no image directory .*nowhere"):
+        data.register_datasets([("mine", path, str(tmp_path / "nowhere"))])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"images": [', "is not a JSON file"),
+        (b"\xff\xfe\x00", "is not a JSON file"),
+        (b"[]", "holds no object"),
+        (b"{}", "has no `images`"),
+        (b'{"images": [{"id": 1}]}', "has no `categories`"),
+        (b'{"images": [{"id": 1}], "categories": [{"name": "cat"}]}', "needs an `id` and a `name`"),
+        (b'{"images": [{"id": 1}], "categories": ["cat"]}', "needs an `id` and a `name`"),
+    ],
+)
+def test_broken_annotation_file(tmp_path, content, expected):
+    """What is wrong with the file is said, with its name."""
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=expected) as error:
+        data.register_datasets([("mine", str(path), str(tmp_path))])
+    assert str(path) in message(error)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        ({"bbox": [1, 1, 5, 5], "category_id": 8}, "category_id=8"),
+        ({"bbox": [1, 1, 5, 5], "id": 1}, "not unique"),
+        ({"bbox": []}, "empty 'bbox'"),
+    ],
+)
+def test_annotations_that_detectron2_refuses(coco, annotation, expected):
+    """Detectron2's own complaint is passed on with the name of the file."""
+    name, path, images = coco(annotations=[annotation])
+    data.register_datasets([(name, path, images)])
+    with pytest.raises(DatasetError, match=expected) as error:
+        data.load([name])
+    assert path in str(error.value)
+
+
+# Classes
+
+
+def register(coco, **options):
+    dataset = coco(**options)
+    data.register_datasets([dataset])
+    return dataset[0]
+
+
+def test_number_of_classes_comes_from_the_data(cfg, coco):
+    """As many as `categories` has, used or not."""
+    cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
+    name = register(coco, category_ids=(1, 5, 6, 7, 8))
+    data.resolve_num_classes(cfg, [name])
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 5
+
+
+def test_number_of_classes_of_a_builtin_data_set(cfg):
+    """COCO's 80 are known without its files."""
+    cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
+    data.resolve_num_classes(cfg, ["coco_2017_train", "coco_2017_val"])
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 80
+
+
+def test_number_of_classes_against_the_config(cfg, coco):
+    """The message says both numbers."""
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    name = register(coco)
+    with pytest.raises(DatasetError, match=r"NUM_CLASSES is 80, but train has 3 classes"):
+        data.resolve_num_classes(cfg, [name])
+
+
+def test_number_of_classes_against_the_test_set(cfg, coco):
+    """The message says both numbers."""
+    train = register(coco)
+    val = register(coco, name="val", category_ids=(1, 2))
+    with pytest.raises(DatasetError, match="train has 3 classes and val has 2"):
+        data.resolve_num_classes(cfg, [train, val])
+
+
+def test_names_of_classes_against_the_test_set(cfg, coco):
+    """As many classes, but others: AP would be computed on the wrong ones."""
+    train = register(coco)
+    val = register(coco, name="val", category_ids=(1, 2, 4))
+    with pytest.raises(DatasetError, match="class 2 of 3 is 'class 3' in train and 'class 4' in"):
+        data.resolve_num_classes(cfg, [train, val])
+
+
+def test_data_set_that_is_not_registered(cfg):
+    """A misspelt name says how to register it."""
+    with pytest.raises(DatasetError, match="data set coco_2018 is not known: register it with"):
+        data.resolve_num_classes(cfg, ["coco_2018"])
+    with pytest.raises(DatasetError, match="there is no data set"):
+        data.resolve_num_classes(cfg, [])
+
+
+def test_data_set_that_python_registered(cfg, coco):
+    """Detectron2 learns the classes of such a data set only when it loads it."""
+    _, path, images = coco()
+    register_coco_instances("by_python", {}, path, images)
+    cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
+    data.resolve_num_classes(cfg, ["by_python"])
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
+
+
+# Boxes
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="freeanchor.data")
+    return caplog
+
+
+def test_unusable_boxes_are_dropped_and_reported(coco, warnings):
+    """Without area, outside, or not finite: dropped and counted, with image and reason."""
+    bad = [
+        {"bbox": [5, 5, 0, 10]},
+        {"bbox": [5, 5, 10, 0]},
+        {"bbox": [5, 5, -3, 10]},
+        {"bbox": [64, 5, 10, 10]},
+        {"bbox": [5, -10, 10, 10]},
+        {"bbox": [5, 5, float("nan"), 10]},
+        {"bbox": [5, 5, 10]},
+    ]
+    kept = [{"bbox": [60, 40, 10, 20]}, {"bbox": [5, 5, 9, 9], "iscrowd": 1}]
+    name = register(coco, annotations=[*bad, *kept])
+    dicts = data.load_training_set([name], filter_empty=True)
+    assert sum(len(d["annotations"]) for d in dicts) == 4 + len(kept)
+    (record,) = warnings.records
+    assert "Dropped 7 boxes" in record.message
+    assert "1.png" in record.message
+    assert "has no area" in record.message
+    assert "outside the image of 64 x 48" in record.message
+    assert "and 2 more" in record.message
+
+
+@pytest.mark.parametrize("filter_empty", [True, False])
+def test_images_that_lose_their_only_box(coco, filter_empty):
+    """They leave training with FILTER_EMPTY_ANNOTATIONS, and stay as background without."""
+    name = register(coco, num_images=3)
+    path = Path(MetadataCatalog.get(name).json_file)
+    content = json.loads(path.read_text())
+    content["annotations"][1]["bbox"] = [100, 100, 5, 5]
+    path.write_text(json.dumps(content))
+    dicts = data.load_training_set([name], filter_empty)
+    assert [len(d["annotations"]) for d in dicts] == ([1, 1] if filter_empty else [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "annotations", [[], [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 0, 0]}]]
+)
+def test_no_usable_box(coco, annotations):
+    """Nothing to learn from is an error that names the file, not an endless random training."""
+    name = register(coco, **{"annotations": None})
+    path = Path(MetadataCatalog.get(name).json_file)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": annotations}))
+    with pytest.raises(DatasetError, match="no usable box in 4 images") as error:
+        data.load_training_set([name], filter_empty=True)
+    assert str(path) in message(error)
+
+
+# Images
+
+
+def test_missing_images(coco):
+    """Counted, and the first ones named."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    for i in (2, 3):
+        (Path(images) / f"{i}.png").unlink()
+    with pytest.raises(DatasetError, match="2 of 4 images cannot be used") as error:
+        data.load([name])
+    assert f"{images}/2.png is missing; {images}/3.png is missing" in message(error)
+
+
+def test_image_that_is_not_one(coco):
+    """A text file with the name of an image is found before training."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    (Path(images) / "3.png").write_text("not found")
+    with pytest.raises(DatasetError, match=r"3\.png is not a readable image"):
+        data.load([name])
+
+
+def test_image_of_another_size(coco):
+    """The boxes would be wrong; both sizes are said."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    Image.new("RGB", (32, 48)).save(Path(images) / "1.png")
+    with pytest.raises(DatasetError, match=r"1\.png has 32 x 48 pixels, but 64 x 48 in its"):
+        data.load([name])
+
+
+def test_image_that_exif_turns(coco):
+    """Detectron2 turns such an image on reading, so its size is that of the turned image."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    exif = Image.Exif()
+    exif[data._EXIF_ORIENTATION] = 6
+    Image.new("RGB", (48, 64)).save(Path(images) / "1.png", exif=exif)
+    assert len(data.load([name])) == 4
+
+
+def test_damage_behind_the_header(cfg, coco):
+    """A truncated image passes the check of its header; reading it names it."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    broken = Path(images) / "2.png"
+    broken.write_bytes(broken.read_bytes()[:-4000])
+    record = data.load([name])[1]
+    with pytest.raises(DatasetError, match=r"2\.png cannot be read: .*truncated"):
+        data.Mapper(cfg, is_train=True)(record)

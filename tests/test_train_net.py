@@ -1,0 +1,167 @@
+"""The command line: training, resuming, evaluating, and what it refuses."""
+
+import json
+import logging
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, REPOSITORY
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances
+from freeanchor import compat, data, visualize
+
+TINY = [
+    *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
+]
+
+
+@pytest.fixture
+def train_net(monkeypatch):
+    """Runs `train_net.py` in this process, as a user would on the command line."""
+
+    def run(*arguments, config=QUICK):
+        command = ["train_net.py", "--config-file", str(config), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        return runpy.run_path(str(REPOSITORY / "train_net.py"), run_name="__main__")
+
+    yield run
+    for name in ("detectron2", "fvcore", "freeanchor"):  # Detectron2 logs to a file of this test
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+
+
+@pytest.fixture
+def data_options(coco):
+    """Own data with gaps in the ids of the classes, as on the command line."""
+    train, val = coco(category_ids=(4, 7, 90)), coco(name="val", category_ids=(4, 7, 90))
+    names = ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
+    return ["--dataset", *train, "--dataset", *val], names
+
+
+def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
+    """One run on own data: checkpoints, logs, AP, result file; then --resume; then pictures."""
+    register, names = data_options
+    output = tmp_path / "output"
+    options = [*names, *TINY, "OUTPUT_DIR", output]
+    train_net(*register, *options)
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    metrics = visualize.read_metrics(output / "metrics.json")
+    assert metrics[-1]["iteration"] == 3
+    assert "bbox/AP" in metrics[-1]
+    assert {"loss_positive", "loss_negative", "freeanchor/anchors_per_bag"} <= set(metrics[0])
+    results = output / "inference" / "val" / "coco_instances_results.json"
+    detections = json.loads(results.read_text())
+    assert {d["category_id"] for d in detections} <= {4, 7, 90}
+    assert {d["image_id"] for d in detections} == {1, 2, 3, 4}
+    assert "NUM_CLASSES: 3" in (output / "config.yaml").read_text()
+    assert torch.cuda.is_available() or "running on the CPU" in (output / "log.txt").read_text()
+
+    for name in ("train", "val"):
+        forget(name)
+    train_net("--resume", *register, *options, "SOLVER.MAX_ITER", "5")
+    assert "Starting training from iteration 3" in (output / "log.txt").read_text()
+    assert visualize.read_metrics(output / "metrics.json")[-1]["iteration"] == 5
+
+    forget("val")
+    sys.argv = ["visualize", str(output), "--num-images", "2", *register[4:]]
+    visualize.main()
+    pictures = sorted(p.name for p in (output / "pictures").iterdir())
+    assert pictures == ["curves.png", "val_1.png", "val_4.png"]
+
+
+def forget(name):
+    """A new process would not know the data set."""
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_eval_only_of_a_retinanet_checkpoint(train_net, data_options, cfg, tmp_path):
+    """--eval-only with RetinaNet's weights gives RetinaNet's detections, image by image."""
+    register, names = data_options
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    retinanet = build_model(cfg)
+    torch.nn.init.normal_(retinanet.head.cls_score.weight, std=0.2)
+    DetectionCheckpointer(retinanet, str(tmp_path)).save("retinanet")
+    options = [*names, *TINY, "MODEL.WEIGHTS", tmp_path / "retinanet.pth"]
+    found = {}
+    for architecture in ("RetinaNet", "FreeAnchor"):
+        output = tmp_path / architecture
+        extra = ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", output]
+        train_net("--eval-only", *register, *options, *extra)
+        file = output / "inference" / "val" / "coco_instances_results.json"
+        found[architecture] = json.loads(file.read_text())
+        forget("train")
+        forget("val")
+    assert len(found["RetinaNet"]) > 40
+    assert found["FreeAnchor"] == found["RetinaNet"]
+
+
+def test_wrong_number_of_classes(train_net, data_options, tmp_path):
+    """It ends with both numbers, before a model is built or a file is written."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match="NUM_CLASSES is 80, but train has 3 classes"):
+        train_net(*register, *names, "MODEL.RETINANET.NUM_CLASSES", "80", "OUTPUT_DIR", output)
+    assert not output.exists()
+
+
+def test_missing_test_image_is_found_before_training(train_net, coco, tmp_path):
+    """Not after hours, when the evaluation begins."""
+    train, val = coco(), coco(name="val")
+    (tmp_path / "val" / "3.png").unlink()
+    options = ["--dataset", *train, "--dataset", *val, "DATASETS.TRAIN", "('train',)"]
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=r"val.3\.png is missing"):
+        train_net(*options, "DATASETS.TEST", "('val',)", *TINY, "OUTPUT_DIR", output)
+    assert not (output / "metrics.json").exists()
+
+
+def test_config_file_that_is_not_there(train_net, capsys):
+    """The file is named."""
+    with pytest.raises(SystemExit):
+        train_net(config="nowhere.yaml")
+    assert "there is no file 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are(train_net, monkeypatch, capsys):
+    """The number that was found is said."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        train_net("--num-gpus", "8")
+    assert "--num-gpus 8: this machine has 2" in capsys.readouterr().err
+
+
+def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path):
+    """Without ImageNet weights, a frozen backbone learns nothing."""
+    register, names = data_options
+    output = tmp_path / "output"
+    train_net(*register, *names, *TINY, "MODEL.BACKBONE.FREEZE_AT", "2", "OUTPUT_DIR", output)
+    assert "MODEL.WEIGHTS is empty" in (output / "log.txt").read_text()
+
+
+def test_ap_is_pycocotools(coco, cfg):
+    """The evaluator that is used without compiled ops gives AP 100 for the ground truth."""
+    triple = coco()
+    data.register_datasets([triple])
+    evaluator = COCOEvaluator("train", use_fast_impl=compat.HAS_COMPILED_OPS)
+    evaluator.reset()
+    for record in data.load(["train"]):
+        found = Instances((record["height"], record["width"]))
+        boxes = np.array([a["bbox"] for a in record["annotations"]])
+        found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+        found.scores = torch.ones(len(boxes))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        evaluator.process([record], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
