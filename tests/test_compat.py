@@ -27,7 +27,7 @@ print(len(detectron2.model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FP
 
 
 def test_without_pkg_resources():
-    """setuptools 81 and later do not have it: the stand-in finds the configs of the model zoo."""
+    """Setuptools 81 and later do not have it: the stand-in finds the configs of the model zoo."""
     code = """
 import importlib.util as util, sys
 find = util.find_spec

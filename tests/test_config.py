@@ -58,7 +58,7 @@ def test_config_is_the_official_one(path):
     depth, groups, iterations, sizes = EXPECTED[path.stem.removeprefix("free_anchor_")]
     assert depth == cfg.MODEL.RESNETS.DEPTH
     assert groups == (cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP)
-    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 == (groups == (1, 64))
+    assert (groups == (1, 64)) == cfg.MODEL.RESNETS.STRIDE_IN_1X1
     assert iterations == cfg.SOLVER.MAX_ITER
     warm = {90000: (60000, 80000), 180000: (120000, 160000), 270000: (210000, 250000)}
     assert warm[iterations] == cfg.SOLVER.STEPS

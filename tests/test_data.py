@@ -49,7 +49,7 @@ def test_missing_annotation_file(coco, tmp_path):
 def test_missing_image_directory(coco, tmp_path):
     """The directory is named."""
     _, path, _ = coco()
-    with pytest.raises(DatasetError, match="no image directory .*nowhere"):
+    with pytest.raises(DatasetError, match=r"no image directory .*nowhere"):
         data.register_datasets([("mine", path, str(tmp_path / "nowhere"))])
 
 

@@ -42,7 +42,7 @@ def test_positive_bag_loss_gradient():
 
 
 def test_positive_bag_loss_of_a_bag_that_rounds_above_one():
-    """Trap 2: where naive Mean-max exceeds 1 and its logarithm fails, the loss is small and >= 0."""
+    """Trap 2: where naive Mean-max exceeds 1 and its logarithm fails, the loss is small."""
     prob = 1 - 10 ** -torch.empty(4000, 50).uniform_(6.5, 7.3)
     above = naive_mean_max(prob) > 1
     assert above.any(), "the case does not break the naive formula"

@@ -303,7 +303,7 @@ def _train_step_of_one_process(rank, init_file):
     target = instances([[8.0, 8.0, 40.0, 30.0]], [1]) if rank == 0 else instances([], [])
     with EventStorage():
         for _ in range(2):  # the second forward pass fails if a gradient was missing in the first
-            losses = model([{"image": torch.rand(3, 64, 64), "instances": target}])
+            losses = model([{"image": torch.rand(3, 160, 160), "instances": target}])
             sum(losses.values()).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     everywhere = [torch.empty_like(gradient) for _ in range(2)]

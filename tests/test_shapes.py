@@ -31,7 +31,7 @@ def test_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_is_coco_format(folder, capsys):
-    """pycocotools reads it; boxes are whole, inside the image and not crowd."""
+    """Pycocotools reads it; boxes are whole, inside the image and not crowd."""
     for split, count in (("train", 12), ("val", 5)):
         coco = COCO(str(folder / f"{split}.json"))
         assert len(coco.imgs) == count
