@@ -74,7 +74,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
     if use_cpu:
         logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
-    if comm.is_main_process():
+    if comm.is_main_process() and cfg.DATASETS.TEST:
         data.load(cfg.DATASETS.TEST)  # an error now, not at the end of a long training
     return cfg
 

@@ -79,8 +79,9 @@ print(compat.HAS_COMPILED_OPS, sys.modules["detectron2._C"] is real)
         "from detectron2.structures import RotatedBoxes as B, pairwise_iou_rotated as f;"
         " b = B(torch.rand(2, 5)); f(b, b)",
         "from detectron2 import _C; _C.COCOevalEvaluateImages",
+        "torch.ops.detectron2.roi_align_rotated_forward(torch.rand(1, 1, 4, 4))",
     ],
-    ids=["nms_rotated", "box_iou_rotated", "coco_eval"],
+    ids=["nms_rotated", "box_iou_rotated", "coco_eval", "torch_ops"],
 )
 def test_a_missing_op_says_how_to_get_it(use):
     """The use of a compiled op ends in a message, not in an AttributeError."""

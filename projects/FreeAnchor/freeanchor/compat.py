@@ -89,12 +89,18 @@ def _stand_in_for_compiled_ops() -> None:
     import torch
 
     sys.modules["detectron2._C"] = _MissingOps("detectron2._C")
+    # 0.6 calls one op by torch.ops, the main branch all of them.
+    for name in (
+        "nms_rotated",
+        "box_iou_rotated",
+        "roi_align_rotated_forward",
+        "roi_align_rotated_backward",
+    ):
 
-    def nms_rotated(*args: Any, **kwargs: Any) -> NoReturn:
-        _raise_missing_op("nms_rotated")
+        def missing(*args: Any, name: str = name) -> NoReturn:
+            _raise_missing_op(name)
 
-    # The only op that Detectron2 reaches this way.
-    setattr(torch.ops.detectron2, "nms_rotated", nms_rotated)  # noqa: B010
+        setattr(torch.ops.detectron2, name, missing)
 
 
 HAS_COMPILED_OPS = _find_detectron2()
