@@ -19,7 +19,7 @@ from PIL import Image
 CLASSES = ("bar", "disc", "ring", "crescent")
 _SIZE = 256
 # An object is refused where it would leave less than this of another one, or of itself, to see.
-_MIN_VISIBLE = 0.7
+_MIN_VISIBLE = 0.8
 _MAX_TRIES = 60
 
 
@@ -40,7 +40,7 @@ def _texture(rng: np.random.Generator, cells: int, saturation: float) -> NDArray
 
 def _coverage(rng: np.random.Generator, name: str, x: float, y: float) -> NDArray[Any]:
     """(S, S) share of each pixel that an object of random size and pose around (x, y) covers."""
-    angle = float(rng.integers(4) * np.pi / 2 + rng.uniform(-0.1, 0.1))
+    angle = float(rng.integers(4) * np.pi / 2 + rng.uniform(-0.03, 0.03))
     cos, sin = math.cos(angle), math.sin(angle)
     dy, dx = np.ogrid[:_SIZE, :_SIZE]
     dy, dx = (dy + 0.5 - y).astype(np.float32), (dx + 0.5 - x).astype(np.float32)
@@ -48,8 +48,8 @@ def _coverage(rng: np.random.Generator, name: str, x: float, y: float) -> NDArra
     v = dy * cos - dx * sin
     # The (signed) distance from the outline: an anti-aliased mask with exact geometry.
     if name == "bar":
-        length = rng.uniform(60, 140)
-        distance = np.maximum(abs(u) - length / 2, abs(v) - length / rng.uniform(8, 14))
+        length = rng.uniform(70, 140)
+        distance = np.maximum(abs(u) - length / 2, abs(v) - length / rng.uniform(8, 12))
     elif name == "disc":
         distance = np.hypot(u, v) - rng.uniform(12, 30)
     elif name == "ring":
