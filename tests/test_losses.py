@@ -167,6 +167,21 @@ def test_negative_bag_loss_of_half_precision_logits(dtype):
     torch.testing.assert_close(half.grad, exact.grad.to(dtype), rtol=1e-2, atol=1e-7)
 
 
+def test_negative_bag_loss_keeps_small_gradients_in_float16():
+    """Trap 3: with AMP's loss scale, gradients below float16's range survive, and large ones too.
+
+    A gradient that is stored before it is scaled loses all below 6e-8.
+    """
+    x = torch.linspace(-10, 5, 200)
+    half = x.half().requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    (losses.negative_bag_loss(half, *none) * 1024).backward()
+    exact = half.detach().double().requires_grad_()
+    (losses.negative_bag_loss(exact, *none) * 1024).backward()
+    assert (exact.grad / 1024).min() < 6e-8
+    torch.testing.assert_close(half.grad.double(), exact.grad, rtol=2e-3, atol=6e-8)
+
+
 def test_negative_bag_loss_of_nothing():
     """An empty tensor of logits, as an image smaller than a stride would give."""
     logits = torch.zeros(2, 0, 80, requires_grad=True)

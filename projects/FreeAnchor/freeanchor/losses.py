@@ -29,7 +29,7 @@ def bag_logit(log_prob: Tensor) -> Tensor:
 
 
 def positive_bag_loss(log_prob: Tensor) -> Tensor:
-    """-log Mean-max of each bag: the recall likelihood of an object (paper, eq. 5 and 6).
+    """-log Mean-max of each bag: the recall likelihood of an object (paper, section 3.3).
 
     Mean-max(P) = sum_j w_j P_j with w_j = (1 / (1 - P_j)) / sum_k 1 / (1 - P_k). With the odds
     o_j = P_j / (1 - P_j) and 1 / (1 - P_j) = 1 + o_j this is sum(o) / (K + sum(o)): Mean-max is
@@ -50,10 +50,9 @@ def positive_bag_loss(log_prob: Tensor) -> Tensor:
 def negative_bag_loss(logits: Tensor, cells: Tensor, prob: Tensor, gamma: float = 2.0) -> Tensor:
     """Precision loss: the focal loss of every anchor and class, as far as it is background.
 
-    sum over all cells of q^gamma * -log(1 - q) with q = P^cls * (1 - P{a in A+}) (paper, eq. 7).
-    Value and gradient are computed in one chunked pass and in logit space, so a false positive
-    with a saturated sigmoid still gets its gradient. Arithmetic is float32 for half precision
-    logits.
+    The sum over all cells of q^gamma * -log(1 - q) with q = P^cls * (1 - P{a in A+}) (paper,
+    section 3.3). Arithmetic is in logit space, so a false positive with a saturated sigmoid still
+    gets its gradient, and in float32 for half precision logits.
 
     Args:
         logits: class logits of any shape.
@@ -69,44 +68,59 @@ def negative_bag_loss(logits: Tensor, cells: Tensor, prob: Tensor, gamma: float 
 
 
 class _NegativeBagLoss(torch.autograd.Function):
-    """Keeps the gradient from the forward pass instead of the temporaries that lead to it."""
+    """Goes through the logits in chunks, and keeps nothing but the logits for the gradient.
+
+    The gradient is computed in the backward pass, where its scale is known: that of the AMP
+    scaler keeps it from underflowing in float16.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, cells: Tensor, prob: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits, cells, prob)
+        ctx.gamma = gamma
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        flat = logits.detach().reshape(-1)
-        grad = torch.empty_like(flat)
+        flat = logits.reshape(-1)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        chunk = _CHUNK_GPU if logits.is_cuda else _CHUNK_CPU
-        for x, out in zip(flat.split(chunk), grad.split(chunk)):
-            value, derivative = _background_focal_loss(x.to(dtype), None, gamma)
-            total += value.sum()
-            out.copy_(derivative)
+        for x in flat.split(_chunk(logits)):
+            p, _, nll = _background(x.to(dtype))
+            total += p.pow_(gamma).mul_(nll).sum()
         # The few cells with P{a in A+} > 0 were counted as plain background: put them right.
         x = flat[cells].to(dtype)
-        value, derivative = _background_focal_loss(x, prob.to(dtype), gamma)
-        total += (value - _background_focal_loss(x, None, gamma)[0]).sum()
-        grad[cells] = derivative.to(grad.dtype)
-        ctx.save_for_backward(grad.view(logits.shape))
+        p, _, nll = _background(x)
+        q, _, nll_q = _background(x, prob.to(dtype))
+        total += (q.pow(gamma) * nll_q - p.pow(gamma) * nll).sum()
         return total.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output.to(grad.dtype), None, None, None
+        logits, cells, prob = ctx.saved_tensors
+        flat = logits.reshape(-1)
+        grad = torch.empty_like(flat)
+        chunk = _chunk(logits)
+        for x, out in zip(flat.split(chunk), grad.split(chunk)):
+            x = x.to(grad_output.dtype)
+            p, not_p, nll = _background(x)
+            # d/dx of p^gamma * nll, where dp/dx = p (1 - p) and dnll/dx = p
+            slope = not_p.mul_(nll).mul_(ctx.gamma).add_(p)
+            out.copy_(p.pow_(ctx.gamma).mul_(slope).mul_(grad_output))
+        x = flat[cells].to(grad_output.dtype)
+        q, not_q, nll = _background(x, prob.to(grad_output.dtype))
+        # The same with dq/dx = q (1 - p) and dnll/dq = 1 / (1 - q)
+        slope = (-x).sigmoid() * (ctx.gamma * nll + q / not_q)
+        grad[cells] = (q.pow(ctx.gamma) * slope * grad_output).to(grad.dtype)
+        return grad.view(logits.shape), None, None, None
 
 
-def _background_focal_loss(x: Tensor, prob: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
-    """q^gamma * -log(1 - q) and its derivative by x, for q = sigmoid(x) * (1 - prob)."""
+def _chunk(logits: Tensor) -> int:
+    return _CHUNK_GPU if logits.is_cuda else _CHUNK_CPU
+
+
+def _background(x: Tensor, prob: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Give q = sigmoid(x) * (1 - prob), 1 - q and -log(1 - q) without cancellation."""
     p = x.sigmoid()
     not_p = (-x).sigmoid()  # 1 - p would round to 0 from x = 17 on
     if prob is None:
-        nll = F.softplus(x)
-        focus = p.pow(gamma)
-        return focus * nll, focus * (gamma * not_p * nll + p)
-    q = p * (1 - prob)
+        return p, not_p, F.softplus(x)
     not_q = not_p + p * prob
-    nll = -torch.log(not_q)
-    focus = q.pow(gamma)
-    return focus * nll, focus * not_p * (gamma * nll + q / not_q)
+    return p * (1 - prob), not_q, -torch.log(not_q)

@@ -140,7 +140,7 @@ def _iou_topk_block(anchors: Tensor, gt_boxes: Tensor, k: int) -> Tensor:
 def matched_log_probability(
     logits: Tensor, deltas: Tensor, targets: Tensor, bbox_reg_weight: float, smooth_l1_beta: float
 ) -> Tensor:
-    """log(P_ij^cls * P_ij^loc): how well anchor j already does for object i (paper, eq. 3 and 6).
+    """log(P_ij^cls * P_ij^loc): how well anchor j already does for object i (paper, section 3.1).
 
     P^cls is the sigmoid of the logit of the object's class, P^loc = exp(-weight * SmoothL1). The
     logarithm is kept because P itself underflows to 0 for anchors far from a slender object, and
@@ -168,7 +168,7 @@ def box_prob(
 
     P{a_j -> b_i} rises linearly from 0 where the predicted box has IoU `threshold` with object i
     to 1 for the predicted box with the highest IoU (the saturated linear function of the paper,
-    section 3.3). P{a_j in A+} is its maximum over the objects of one class. It is zero almost
+    section 3.2). P{a_j in A+} is its maximum over the objects of one class. It is zero almost
     everywhere, so only its non-zero cells are returned.
 
     An object that no box localises above the threshold has no cells. The other implementations

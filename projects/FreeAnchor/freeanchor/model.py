@@ -84,7 +84,7 @@ class FreeAnchor(RetinaNet):
         pred_anchor_deltas: list[Tensor],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """The two bag losses of a batch (paper, eq. 8), in float32 or better.
+        """The two bag losses of a batch (paper, section 3.3), in float32 or better.
 
         Args:
             anchors: per level, (Hi * Wi * A) anchors, shared by all images.
