@@ -36,7 +36,8 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.requirements: requirements.txt | $(VENV)/.python
-	@$(PIP) install -r requirements.txt || $(call fail,could not install requirements.txt: check \
+	@{ $(PIP) install $$(grep -E '^(pip|setuptools)==' requirements.txt) && $(PIP) install -r \
+	requirements.txt; } || $(call fail,could not install requirements.txt: check \
 	the network connection and run make again)
 	@touch $@
 
