@@ -41,10 +41,12 @@ $(VENV)/.requirements: requirements.txt | $(VENV)/.python
 	the network connection and run make again)
 	@touch $@
 
-# A Detectron2 that can be imported is used as it is.
+# A Detectron2 that was installed there before is used as it is.
+IS_THERE := import importlib.metadata as m, sys; \
+  sys.exit(not {"detectron2", "pb1-detectron2"} & {d.name for d in m.distributions()})
+
 $(VENV)/.detectron2: $(VENV)/.requirements
-	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)' \
-	|| $(MAKE) --no-print-directory detectron2
+	@$(PY) -c '$(IS_THERE)' || $(MAKE) --no-print-directory detectron2
 	@touch $@
 
 # Without its compiled ops, whose sources PyPI does not have: a wheel of the Python sources.
@@ -56,10 +58,11 @@ detectron2:
 	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: --dest $(SRC) \
 	-r $(SRC)/requirement.txt || $(call fail,could not download Detectron2: check the network \
 	connection and run make again)
-	@cd $(SRC) && { tar xzf *.tar.gz --strip-components 1 && mv detectron2/model_zoo/configs . \
-	&& $(abspath $(PY)) setup.py build_py bdist_wheel --skip-build; } > build.log 2>&1 \
-	&& $(abspath $(PY)) -m pip install --no-deps dist/*.whl \
-	|| $(call fail,could not build Detectron2: see $(SRC)/build.log)
+	@python=$$(cd $(VENV)/bin && pwd)/python; cd $(SRC) && { tar xzf *.tar.gz --strip-components 1 \
+	&& mv detectron2/model_zoo/configs . && "$$python" setup.py build_py bdist_wheel --skip-build; \
+	} > build.log 2>&1 || $(call fail,could not build Detectron2: see $(SRC)/build.log)
+	@$(PIP) install --force-reinstall --no-deps $(SRC)/dist/*.whl \
+	|| $(call fail,could not install Detectron2: run make again)
 
 $(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e . || $(call fail,could not install freeanchor)

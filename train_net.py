@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 r"""Train and evaluate FreeAnchor: Detectron2's `tools/train_net.py` for this project.
 
-train_net.py --config-file configs/COCO-Detection/free_anchor_R_50_FPN_1x.yaml --num-gpus 8
-train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
-train_net.py --config-file ... --dataset my_train train.json images/ \\
+Examples::
+
+    train_net.py --config-file configs/COCO-Detection/free_anchor_R_50_FPN_1x.yaml --num-gpus 8
+    train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+    train_net.py --config-file ... --dataset my_train train.json images/ \
         --dataset my_val val.json images/ DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)"
 """
 
@@ -23,6 +25,7 @@ from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from freeanchor import compat, data
+from torch.multiprocessing import ProcessRaisedException
 
 logger = logging.getLogger("freeanchor.train_net")
 
@@ -55,33 +58,58 @@ class Trainer(DefaultTrainer):
         )
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Read config and data sets, and stop here if they do not fit together."""
+def build_config(args: argparse.Namespace) -> CfgNode:
+    """Read the config and register the data sets; an error if they do not fit together."""
     cfg = get_cfg()
     freeanchor.add_freeanchor_config(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    use_cpu = not torch.cuda.is_available()
-    if use_cpu:
+    if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer is for CUDA only
     data.register_datasets(args.dataset)
-    names: list[str] = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    data.resolve_num_classes(cfg, names)
+    data.resolve_num_classes(cfg, dataset_names(cfg, args))
     cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
-    if use_cpu:
-        logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
-    if comm.is_main_process() and cfg.DATASETS.TEST:
-        data.load(cfg.DATASETS.TEST)  # an error now, not at the end of a long training
     return cfg
+
+
+def dataset_names(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """The data sets that this run needs, training first."""
+    return [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find what would stop the run later, once and before any process is launched.
+
+    Raises:
+        DatasetError: see :mod:`freeanchor.data`.
+        SystemExit: the config and the command line do not go together.
+    """
+    cfg = build_config(args)
+    if args.eval_only:
+        if not cfg.MODEL.WEIGHTS and not args.resume:
+            raise SystemExit("train_net.py: --eval-only needs MODEL.WEIGHTS, or --resume")
+    elif not cfg.DATASETS.TRAIN:
+        raise SystemExit("train_net.py: DATASETS.TRAIN is empty, so there is nothing to train on")
+    world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if world_size and cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise SystemExit(
+            f"train_net.py: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "
+            "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
+        )
+    for name in dataset_names(cfg, args):
+        data.check_images([name])
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, or evaluate with --eval-only, in one of the launched processes."""
-    cfg = setup(args)
+    cfg = build_config(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
+    if not torch.cuda.is_available():
+        logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -107,17 +135,19 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not os.path.isfile(args.config_file):
         parser.error(f"--config-file: there is no file {args.config_file!r}")
-    num_gpus = torch.cuda.device_count()
-    if num_gpus == 0:
+    if not torch.cuda.is_available():
+        if args.num_machines > 1:
+            parser.error("--num-machines: several machines need CUDA GPUs, and there is none")
         args.num_gpus = 1  # one process, on the CPU
-    elif args.num_gpus > num_gpus:
-        parser.error(f"--num-gpus {args.num_gpus}: this machine has {num_gpus}")
+    elif args.num_gpus > torch.cuda.device_count():
+        parser.error(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
     return args
 
 
-if __name__ == "__main__":
-    args = parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Check, launch, and end an error of the data in one sentence."""
     try:
+        check(args)
         launch(
             main,
             args.num_gpus,
@@ -126,5 +156,13 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args,),
         )
-    except data.DatasetError as e:
-        raise SystemExit(f"train_net.py: {e}") from e
+    except (data.DatasetError, ProcessRaisedException) as e:
+        # Processes and data loader workers pass errors on as text, which ends in the message.
+        _, is_ours, message = str(e).rpartition("freeanchor.data.DatasetError: ")
+        if isinstance(e, ProcessRaisedException) and not is_ours:
+            raise
+        raise SystemExit(f"train_net.py: {message.strip()}") from e
+
+
+if __name__ == "__main__":
+    run(parse_args())

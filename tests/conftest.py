@@ -45,11 +45,11 @@ def _forget_datasets():
         MetadataCatalog.pop(name, None)
 
 
-def quick_cfg():
-    """The quick config, on the CPU and with three classes."""
+def quick_cfg(name="quick/free_anchor_R_18_FPN.yaml"):
+    """The quick config, or another one, on the CPU and with three classes."""
     cfg = get_cfg()
     freeanchor.add_freeanchor_config(cfg)
-    cfg.merge_from_file(str(QUICK))
+    cfg.merge_from_file(str(REPOSITORY / "configs" / name))
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RETINANET.NUM_CLASSES = 3
     return cfg

@@ -4,9 +4,23 @@ Independent of the package and of PyTorch: nothing here is clever, fast or share
 """
 
 import math
+from dataclasses import dataclass
 
-K, THRESHOLD, WEIGHT, BETA, ALPHA, GAMMA = 50, 0.6, 0.75, 0.11, 0.5, 2.0
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+K, BETA = 50, 0.11
+
+
+@dataclass
+class Hyper:
+    """The method's constants, with the values of the paper and its code."""
+
+    k: int = K
+    threshold: float = 0.6
+    weight: float = 0.75
+    beta: float = BETA
+    alpha: float = 0.5
+    gamma: float = 2.0
+    box_weights: tuple = (10.0, 10.0, 5.0, 5.0)
+    scale_clamp: float = math.log(1000 / 16)
 
 
 def iou(a, b):
@@ -34,23 +48,24 @@ def centre_and_size(box):
     return box[0] + width / 2, box[1] + height / 2, width, height
 
 
-def encode(box, anchor):
+def encode(box, anchor, box_weights):
     bx, by, bw, bh = centre_and_size(box)
     ax, ay, aw, ah = centre_and_size(anchor)
     deltas = ((bx - ax) / aw, (by - ay) / ah, math.log(bw / aw), math.log(bh / ah))
-    return [w * d for w, d in zip(BOX_WEIGHTS, deltas)]
+    return [w * d for w, d in zip(box_weights, deltas)]
 
 
-def decode(delta, anchor):
-    dx, dy, dw, dh = (d / w for w, d in zip(BOX_WEIGHTS, delta))
+def decode(delta, anchor, hyper):
+    dx, dy, dw, dh = (d / w for w, d in zip(hyper.box_weights, delta))
+    dw, dh = min(dw, hyper.scale_clamp), min(dh, hyper.scale_clamp)
     ax, ay, aw, ah = centre_and_size(anchor)
     x, y = ax + dx * aw, ay + dy * ah
     width, height = math.exp(dw) * aw, math.exp(dh) * ah
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def smooth_l1(d):
-    return 0.5 * d * d / BETA if abs(d) < BETA else abs(d) - 0.5 * BETA
+def smooth_l1(d, beta=BETA):
+    return 0.5 * d * d / beta if abs(d) < beta else abs(d) - 0.5 * beta
 
 
 def sigmoid(x):
@@ -62,33 +77,37 @@ def mean_max(probs):
     return sum(w * p for w, p in zip(weights, probs)) / sum(weights)
 
 
-def losses(anchors, logits, deltas, boxes, classes, k=K):
+def losses(anchors, logits, deltas, boxes, classes, hyper=None):
     """Positive and negative loss.
 
     anchors [R][4]; logits [N][R][C]; deltas [N][R][4]; boxes [N][M][4]; classes [N][M].
     """
+    hyper = hyper or Hyper()
     num_objects = sum(len(b) for b in boxes)
     positive = negative = 0.0
     for n in range(len(logits)):
         for box, cls in zip(boxes[n], classes[n]):
             matched = []
-            for j in bag(anchors, box, k):
-                target = encode(box, anchors[j])
-                distance = sum(smooth_l1(d - t) for d, t in zip(deltas[n][j], target))
-                matched.append(sigmoid(logits[n][j][cls]) * math.exp(-WEIGHT * distance))
+            for j in bag(anchors, box, hyper.k):
+                target = encode(box, anchors[j], hyper.box_weights)
+                distance = sum(smooth_l1(d - t, hyper.beta) for d, t in zip(deltas[n][j], target))
+                matched.append(sigmoid(logits[n][j][cls]) * math.exp(-hyper.weight * distance))
             positive -= math.log(mean_max(matched))
-        predicted = [decode(d, a) for d, a in zip(deltas[n], anchors)]
+        predicted = [decode(d, a, hyper) for d, a in zip(deltas[n], anchors)]
         in_positives = [[0.0] * len(row) for row in logits[n]]
         for box, cls in zip(boxes[n], classes[n]):
             overlaps = [iou(p, box) for p in predicted]
             best = max(overlaps)
             for j, overlap in enumerate(overlaps):
-                if overlap > THRESHOLD:
-                    p = min(1.0, (overlap - THRESHOLD) / (best - THRESHOLD))
+                if overlap > hyper.threshold:
+                    p = min(1.0, (overlap - hyper.threshold) / (best - hyper.threshold))
                     in_positives[j][cls] = max(in_positives[j][cls], p)
         for row, p_row in zip(logits[n], in_positives):
             for x, p in zip(row, p_row):
                 q = sigmoid(x) * (1 - p)
-                negative += q**GAMMA * -math.log(1 - q)
+                negative += q**hyper.gamma * -math.log(1 - q)
     num_objects = max(1, num_objects)
-    return ALPHA * positive / num_objects, (1 - ALPHA) * negative / (K * num_objects)
+    return (
+        hyper.alpha * positive / num_objects,
+        (1 - hyper.alpha) * negative / (hyper.k * num_objects),
+    )

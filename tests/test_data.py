@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from freeanchor import data
 from freeanchor.data import DatasetError
@@ -27,7 +27,7 @@ def test_registers_and_knows_its_classes(coco):
     name, path, images = coco(category_ids=(90, 3, 7))
     data.register_datasets([(name, path, images)])
     assert MetadataCatalog.get(name).thing_classes == ["class 3", "class 7", "class 90"]
-    dicts = data.load([name])
+    dicts = data.load_training_set([name], filter_empty=True)
     assert len(dicts) == 4
     assert {a["category_id"] for d in dicts for a in d["annotations"]} == {0, 1, 2}
 
@@ -37,6 +37,15 @@ def test_name_that_is_taken(coco):
     _, path, images = coco()
     with pytest.raises(DatasetError, match="coco_2017_train: this name is taken"):
         data.register_datasets([("coco_2017_train", path, images)])
+
+
+def test_registering_twice(coco):
+    """The launched processes register what the launching one has; only other data is refused."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    data.register_datasets([(name, path, images)])
+    with pytest.raises(DatasetError, match="this name is taken"):
+        data.register_datasets([(name, coco(name="other")[1], images)])
 
 
 def test_missing_annotation_file(coco, tmp_path):
@@ -87,7 +96,7 @@ def test_annotations_that_detectron2_refuses(coco, annotation, expected):
     name, path, images = coco(annotations=[annotation])
     data.register_datasets([(name, path, images)])
     with pytest.raises(DatasetError, match=expected) as error:
-        data.load([name])
+        data.check_images([name])
     assert path in str(error.value)
 
 
@@ -143,8 +152,6 @@ def test_data_set_that_is_not_registered(cfg):
     """A misspelt name says how to register it."""
     with pytest.raises(DatasetError, match="data set coco_2018 is not known: register it with"):
         data.resolve_num_classes(cfg, ["coco_2018"])
-    with pytest.raises(DatasetError, match="there is no data set"):
-        data.resolve_num_classes(cfg, [])
 
 
 def test_data_set_that_python_registered(cfg, coco):
@@ -175,17 +182,19 @@ def test_unusable_boxes_are_dropped_and_reported(coco, warnings):
         {"bbox": [5, -10, 10, 10]},
         {"bbox": [5, 5, float("nan"), 10]},
         {"bbox": [5, 5, 10]},
+        {"bbox": [None, 5, 10, 10]},
+        {"bbox": ["5", "5", "10", "10"]},
     ]
     kept = [{"bbox": [60, 40, 10, 20]}, {"bbox": [5, 5, 9, 9], "iscrowd": 1}]
     name = register(coco, annotations=[*bad, *kept])
     dicts = data.load_training_set([name], filter_empty=True)
     assert sum(len(d["annotations"]) for d in dicts) == 4 + len(kept)
     (record,) = warnings.records
-    assert "Dropped 7 boxes" in record.message
+    assert "Dropped 9 boxes" in record.message
     assert "1.png" in record.message
     assert "has no area" in record.message
     assert "outside the image of 64 x 48" in record.message
-    assert "and 2 more" in record.message
+    assert "and 4 more" in record.message
 
 
 @pytest.mark.parametrize("filter_empty", [True, False])
@@ -223,7 +232,7 @@ def test_missing_images(coco):
     for i in (2, 3):
         (Path(images) / f"{i}.png").unlink()
     with pytest.raises(DatasetError, match="2 of 4 images cannot be used") as error:
-        data.load([name])
+        data.check_images([name])
     assert f"{images}/2.png is missing; {images}/3.png is missing" in message(error)
 
 
@@ -233,7 +242,7 @@ def test_image_that_is_not_one(coco):
     data.register_datasets([(name, path, images)])
     (Path(images) / "3.png").write_text("not found")
     with pytest.raises(DatasetError, match=r"3\.png is not a readable image"):
-        data.load([name])
+        data.check_images([name])
 
 
 def test_image_of_another_size(coco):
@@ -242,7 +251,7 @@ def test_image_of_another_size(coco):
     data.register_datasets([(name, path, images)])
     Image.new("RGB", (32, 48)).save(Path(images) / "1.png")
     with pytest.raises(DatasetError, match=r"1\.png has 32 x 48 pixels, but 64 x 48 in its"):
-        data.load([name])
+        data.check_images([name])
 
 
 def test_image_that_exif_turns(coco):
@@ -252,15 +261,48 @@ def test_image_that_exif_turns(coco):
     exif = Image.Exif()
     exif[data._EXIF_ORIENTATION] = 6
     Image.new("RGB", (48, 64)).save(Path(images) / "1.png", exif=exif)
-    assert len(data.load([name])) == 4
+    data.check_images([name])
 
 
-def test_damage_behind_the_header(cfg, coco):
-    """A truncated image passes the check of its header; reading it names it."""
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_image_that_is_cut_off(coco, kind):
+    """Its header is whole, so only its end tells, before training."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    broken = Path(images) / "2.png"
+    with Image.open(broken) as image:
+        image.load()
+        image.save(broken, kind)
+    data.check_images([name])
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    with pytest.raises(DatasetError, match=r"2\.png is not a readable image"):
+        data.check_images([name])
+
+
+def test_image_with_something_behind_its_end(coco):
+    """Cameras append data to a JPEG; the image is whole all the same."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    Image.new("RGB", (64, 48)).save(Path(images) / "1.png", "JPEG")
+    with (Path(images) / "1.png").open("ab") as f:
+        f.write(bytes(10_000))
+    data.check_images([name])
+
+
+def test_image_with_damaged_exif(coco):
+    """Detectron2 ignores such EXIF, and so does the check."""
+    name, path, images = coco()
+    data.register_datasets([(name, path, images)])
+    Image.new("RGB", (64, 48)).save(Path(images) / "1.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    data.check_images([name])
+
+
+def test_damage_that_only_decoding_finds(cfg, coco):
+    """Reading the image in training names it."""
     name, path, images = coco()
     data.register_datasets([(name, path, images)])
     broken = Path(images) / "2.png"
     broken.write_bytes(broken.read_bytes()[:-4000])
-    record = data.load([name])[1]
+    record = DatasetCatalog.get(name)[1]
     with pytest.raises(DatasetError, match=r"2\.png cannot be read: .*truncated"):
         data.Mapper(cfg, is_train=True)(record)

@@ -98,6 +98,31 @@ def test_negative_bag_loss_is_the_papers(gamma):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-13)
 
 
+def test_negative_bag_loss_where_matched_cells_are_nearly_all_of_it():
+    """What the matched cells would cost as background does not spoil the small rest."""
+    logits = torch.full((300_000,), -12.0)
+    logits[:2000] = torch.linspace(2, 8, 2000)
+    cells, prob = torch.arange(2000), torch.ones(2000)
+    loss = losses.negative_bag_loss(logits, cells, prob)
+    rest = losses.negative_bag_loss(logits[2000:].double(), cells[:0], prob[:0])
+    assert rest > 0
+    torch.testing.assert_close(loss.double(), rest, rtol=0, atol=1e-5)
+    assert loss > -1e-5
+
+
+@pytest.mark.parametrize("prob", [1e-6, 1e-3, 0.5])
+def test_negative_bag_loss_of_saturated_matched_cells(prob):
+    """In float32, 1 - q is exact to rounding also where 1 - sigmoid is not."""
+    logits = torch.linspace(16, 40, 25, requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    cells = torch.arange(25)
+    losses.negative_bag_loss(logits, cells, torch.full((25,), prob)).backward()
+    q = exact.sigmoid() * (1 - prob)
+    not_q = (-exact).sigmoid() + exact.sigmoid() * prob
+    (q.square() * -not_q.log()).sum().backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-12)
+
+
 def test_negative_bag_loss_gradient():
     """Analytic and numerical gradient agree."""
     logits, cells, prob, _ = sparse_case()

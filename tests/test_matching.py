@@ -130,6 +130,24 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert all(map(torch.equal, whole, parts))
 
 
+def test_memory_does_not_grow_with_the_objects(monkeypatch):
+    """No block of objects against anchors has more elements than the limit."""
+    sizes = []
+
+    def recording_iou(boxes1, boxes2):
+        result = box_iou(boxes1, boxes2)
+        sizes.append(result.numel())
+        return result
+
+    box_iou = matching.box_iou
+    monkeypatch.setattr(matching, "box_iou", recording_iou)
+    anchors, boxes = random_boxes(5000), random_boxes(2000)
+    matching.iou_topk(anchors, boxes, 3)
+    matching.box_prob(anchors, boxes, torch.zeros(2000, dtype=torch.int64), 1, 0.9)
+    assert sum(sizes) == 2 * 5000 * 2000
+    assert max(sizes) <= matching._BLOCK_ELEMENTS
+
+
 def test_matched_log_probability_is_the_papers():
     """log(P^cls P^loc) in float64 equals the formulas."""
     logits, deltas, targets = torch.randn(3, 4), torch.randn(3, 4, 4), torch.randn(3, 4, 4)

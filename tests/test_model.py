@@ -1,6 +1,7 @@
 """The meta-architecture: its losses as a whole, and what it inherits from RetinaNet."""
 
 import inspect
+import math
 import pickle
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import paper
 import pytest
 import torch
 from conftest import instances, quick_cfg
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.structures import Boxes, Instances
@@ -54,12 +56,18 @@ def test_signature_of_losses():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("PRE_ANCHOR_TOPK", 0), ("BBOX_THRESHOLD", 1.0), ("BBOX_THRESHOLD", -0.1)],
+    [
+        ("FREEANCHOR.PRE_ANCHOR_TOPK", 0),
+        ("FREEANCHOR.BBOX_THRESHOLD", 1.0),
+        ("FREEANCHOR.BBOX_THRESHOLD", -0.1),
+        ("RETINANET.FOCAL_LOSS_GAMMA", 0.5),
+        ("RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+    ],
 )
 def test_bad_values_are_refused_by_name(cfg, key, value):
     """A value out of range stops at once, with the name of its key."""
-    cfg.MODEL.FREEANCHOR[key] = value
-    with pytest.raises(ValueError, match=key):
+    cfg.merge_from_list([f"MODEL.{key}", value])
+    with pytest.raises(ValueError, match=key.split(".")[1]):
         build_model(cfg)
 
 
@@ -104,6 +112,37 @@ def test_losses_are_the_papers(model, num_objects):
         torch.cat(deltas, 1).tolist(),
         [t.gt_boxes.tensor.tolist() for t in targets],
         [t.gt_classes.tolist() for t in targets],
+    )
+    assert losses["loss_positive"].item() == pytest.approx(expected[0], rel=1e-9)
+    assert losses["loss_negative"].item() == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_every_value_of_the_config_is_used(cfg):
+    """With other constants than the paper's, the losses are still those of the transcription."""
+    hyper = paper.Hyper(7, 0.3, 0.4, 0.5, 0.3, 1.5, (3.0, 4.0, 2.0, 1.0))
+    cfg.merge_from_list(
+        [
+            *("MODEL.FREEANCHOR.PRE_ANCHOR_TOPK", hyper.k),
+            *("MODEL.FREEANCHOR.BBOX_THRESHOLD", hyper.threshold),
+            *("MODEL.FREEANCHOR.BBOX_REG_WEIGHT", hyper.weight),
+            *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", hyper.beta),
+            *("MODEL.RETINANET.FOCAL_LOSS_ALPHA", hyper.alpha),
+            *("MODEL.RETINANET.FOCAL_LOSS_GAMMA", hyper.gamma),
+            *("MODEL.RETINANET.BBOX_REG_WEIGHTS", hyper.box_weights),
+        ]
+    )
+    model = build_model(cfg)
+    hyper.scale_clamp = model.box2box_transform.scale_clamp = 0.2
+    anchors, logits, deltas = predictions(model, 1, dtype=torch.float64)
+    target = instances([[8.0, 8.0, 40.0, 30.0], [20.0, 10.0, 50.0, 60.0]], [1, 0])
+    losses = model.losses(anchors, logits, deltas, [target])
+    expected = paper.losses(
+        Boxes.cat(anchors).tensor.tolist(),
+        torch.cat(logits, 1).tolist(),
+        torch.cat(deltas, 1).tolist(),
+        [target.gt_boxes.tensor.tolist()],
+        [target.gt_classes.tolist()],
+        hyper,
     )
     assert losses["loss_positive"].item() == pytest.approx(expected[0], rel=1e-9)
     assert losses["loss_negative"].item() == pytest.approx(expected[1], rel=1e-9)
@@ -217,22 +256,31 @@ def test_many_objects(model):
 
 def test_what_is_logged(model, storage):
     """The four figures that tell whether matching works, from a case where they are known."""
-    anchors, logits, deltas = predictions(model)
-    target = instances([anchors[0].tensor[0].tolist()], [1])
-    everything = Boxes.cat(anchors).tensor
-    for x, boxes in zip(deltas, anchors):
-        # All boxes are predicted on the object, so all anchors of the bag match it equally.
-        x.data = matching.encode_boxes(target.gt_boxes.tensor, boxes.tensor, (10, 10, 5, 5))
-        x.data = x.data[None].repeat(2, 1, 1)
-    for x in logits:
-        x.data.zero_()
-    model.losses(anchors, logits, deltas, [target, instances([], [])])
+    anchors = [Boxes(torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0]]))]
+    logits = [torch.tensor([[[0.0, -2.0], [1.0, -2.0]]])]
+    target = instances([[0.0, 0.0, 10.0, 10.0], [30.0, 30.0, 40.0, 40.0]], [0, 1])
+    deltas = [torch.zeros(1, 2, 4)]  # the first anchor is on the first object, nothing on the other
+    model.num_classes = 2
+    model.losses(anchors, logits, deltas, [target])
     logged = {k: v for k, (v, _) in storage.latest().items()}
+
+    likelihoods, numbers = [], []
+    for box, cls in zip(target.gt_boxes.tensor.tolist(), (0, 1)):
+        matched = []
+        for anchor, row in zip(anchors[0].tensor.tolist(), logits[0][0].tolist()):
+            deltas_to = paper.encode(box, anchor, (10, 10, 5, 5))
+            distance = sum(paper.smooth_l1(d) for d in deltas_to)
+            matched.append(paper.sigmoid(row[cls]) * math.exp(-0.75 * distance))
+        odds = [p / (1 - p) for p in matched]
+        likelihoods.append(paper.mean_max(matched))
+        numbers.append(sum(odds) ** 2 / sum(o * o for o in odds))
+    assert 1 < numbers[0] < 1.99
+    assert likelihoods[0] > 10 * likelihoods[1]
     assert logged == {
-        "freeanchor/objects_per_image": 0.5,
-        "freeanchor/bag_likelihood": pytest.approx(0.5, rel=1e-4),
-        "freeanchor/anchors_per_bag": pytest.approx(min(50, len(everything)), rel=1e-3),
-        "freeanchor/localized_objects": 1.0,
+        "freeanchor/objects_per_image": 2.0,
+        "freeanchor/bag_likelihood": pytest.approx(sum(likelihoods) / 2, rel=1e-4),
+        "freeanchor/anchors_per_bag": pytest.approx(sum(numbers) / 2, rel=1e-4),
+        "freeanchor/localized_objects": 0.5,
     }
 
 
@@ -242,23 +290,36 @@ def detections(model, image):
     return result["instances"]
 
 
+def retinanet_of_the_zoo():
+    """Detectron2's own RetinaNet config, as shallow as it goes."""
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    model = build_model(cfg)
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)  # scores and boxes that differ
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.2)
+    return model
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_retinanet_checkpoint_gives_retinanets_detections(cfg, tmp_path, suffix):
-    """Weights of Detectron2's model zoo load by MODEL.WEIGHTS and detect as in RetinaNet."""
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.02
-    retinanet = build_model(cfg)
-    torch.nn.init.normal_(retinanet.head.cls_score.weight, std=0.2)  # scores that differ
+def test_retinanet_checkpoint_gives_retinanets_detections(tmp_path, suffix):
+    """Weights of Detectron2's model zoo load by MODEL.WEIGHTS and detect as in RetinaNet.
+
+    With its own scale of the deltas: the zoo's is 1, FreeAnchor's (10, 10, 5, 5).
+    """
+    retinanet = retinanet_of_the_zoo()
     path = tmp_path / f"model{suffix}"
     if suffix == ".pth":
         DetectionCheckpointer(retinanet, str(tmp_path)).save("model")
     else:
         weights = {k: v.numpy() for k, v in retinanet.state_dict().items()}
         path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
-    cfg.MODEL.META_ARCHITECTURE = "FreeAnchor"
+    cfg = quick_cfg("COCO-Detection/free_anchor_R_50_FPN_1x.yaml")
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
     model = build_model(cfg)
-    incompatible = DetectionCheckpointer(model).load(str(path))
-    assert not incompatible.get("__author__", "").startswith("Caffe2")
+    DetectionCheckpointer(model).load(str(path))
     image = torch.rand(3, 96, 128) * 255
     expected, found = detections(retinanet, image), detections(model, image)
     assert isinstance(found, Instances)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import runpy
 import sys
 
@@ -54,7 +55,8 @@ def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
     """One run on own data: checkpoints, logs, AP, result file; then --resume; then pictures."""
     register, names = data_options
     output = tmp_path / "output"
-    options = [*names, *TINY, "OUTPUT_DIR", output]
+    # AMP is for CUDA: without it, it is switched off, not an error.
+    options = [*names, *TINY, "OUTPUT_DIR", output, "SOLVER.AMP.ENABLED", "True"]
     train_net(*register, *options)
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     metrics = visualize.read_metrics(output / "metrics.json")
@@ -128,6 +130,42 @@ def test_missing_test_image_is_found_before_training(train_net, coco, tmp_path):
     assert not (output / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_image_in_training(train_net, data_options, tmp_path, num_workers):
+    """Damage that only decoding finds ends in one sentence too, also from a worker process."""
+    register, names = data_options
+    for path in (tmp_path / "train").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:300] + content[-50:])
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    with pytest.raises(SystemExit) as error:
+        train_net(*register, *options, "DATALOADER.NUM_WORKERS", num_workers)
+    assert re.fullmatch(r"train_net\.py: \S+\.png cannot be read: .*", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", "8"], "IMS_PER_BATCH 2 is no multiple of .* 8"),
+    ],
+)
+def test_options_that_do_not_go_together(train_net, data_options, tmp_path, options, expected):
+    """They are refused with the names of the keys, before anything is done."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=expected):
+        train_net(*register, *names, *TINY, "OUTPUT_DIR", output, *options)
+    assert not output.exists()
+
+
+def test_eval_only_without_weights(train_net, data_options):
+    """AP of a random model is not what was asked for."""
+    register, names = data_options
+    with pytest.raises(SystemExit, match=r"--eval-only needs MODEL\.WEIGHTS"):
+        train_net("--eval-only", *register, *names)
+
+
 def test_config_file_that_is_not_there(train_net, capsys):
     """The file is named."""
     with pytest.raises(SystemExit):
@@ -137,6 +175,7 @@ def test_config_file_that_is_not_there(train_net, capsys):
 
 def test_more_gpus_than_there_are(train_net, monkeypatch, capsys):
     """The number that was found is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SystemExit):
         train_net("--num-gpus", "8")
@@ -157,7 +196,7 @@ def test_ap_is_pycocotools(coco, cfg):
     data.register_datasets([triple])
     evaluator = COCOEvaluator("train", use_fast_impl=compat.HAS_COMPILED_OPS)
     evaluator.reset()
-    for record in data.load(["train"]):
+    for record in DatasetCatalog.get("train"):
         found = Instances((record["height"], record["width"]))
         boxes = np.array([a["bbox"] for a in record["annotations"]])
         found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))

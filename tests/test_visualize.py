@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from freeanchor import data, visualize
 
 
@@ -12,14 +12,13 @@ from freeanchor import data, visualize
 def dataset(coco):
     triple = coco(category_ids=(3, 9))
     data.register_datasets([triple])
-    data.load([triple[0]])
     return triple
 
 
-def test_detections_beside_ground_truth(dataset):
+def test_detections_beside_ground_truth(dataset, monkeypatch):
     """Twice as wide; the right half shows the detections above the threshold, and only those."""
     name = dataset[0]
-    record = data.load([name])[0]
+    record = DatasetCatalog.get(name)[0]
     metadata = MetadataCatalog.get(name)
     found = [{"bbox": [5, 5, 40, 30], "score": 0.8, "category_id": 9}]
     with_box = visualize.draw_detections(record, found, metadata, score_thresh=0.5)
@@ -29,17 +28,60 @@ def test_detections_beside_ground_truth(dataset):
     assert with_box.dtype == np.uint8
     assert np.array_equal(with_box[:, :width], without[:, :width])
     assert not np.array_equal(with_box[:, width:], without[:, width:])
+    # The ground truth is there too, and what is alike on both sides is drawn alike.
+    assert not np.array_equal(without[:, :width], without[:, width:])
+    truth = record["annotations"][0]
+    original = {v: k for k, v in metadata.thing_dataset_id_to_contiguous_id.items()}
+    labels = []
+    monkeypatch.setattr(
+        visualize.Visualizer,
+        "overlay_instances",
+        lambda self, **drawn: (
+            labels.append((drawn["labels"], drawn["boxes"].tolist())) or self.output
+        ),
+    )
+    same = [{"bbox": truth["bbox"], "score": 1.0, "category_id": original[truth["category_id"]]}]
+    visualize.draw_detections(record, same, metadata, score_thresh=0.5)
+    (truth_label,), (found_label,) = labels[0][0], labels[1][0]
+    assert truth_label == metadata.thing_classes[truth["category_id"]]
+    assert found_label == f"{truth_label} 100%"
+    assert labels[0][1] == labels[1][1]
+
+
+def write_metrics(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return visualize.read_metrics(path)
 
 
 def test_metrics_of_a_folder_that_was_used_twice(tmp_path):
     """A later run overtakes the records of an earlier one; a resumed run goes on."""
-    path = tmp_path / "metrics.json"
     iterations = [19, 39, 59, 19, 39, 40]
-    path.write_text(
-        "".join(json.dumps({"iteration": i, "n": n}) + "\n" for n, i in enumerate(iterations))
-    )
-    records = visualize.read_metrics(path)
-    assert [(r["iteration"], r["n"]) for r in records] == [(19, 3), (39, 4), (40, 5)]
+    lines = [{"iteration": i, "total_loss": n} for n, i in enumerate(iterations)]
+    records = write_metrics(tmp_path / "metrics.json", lines)
+    assert [(r["iteration"], r["total_loss"]) for r in records] == [(19, 3), (39, 4), (40, 5)]
+
+
+def test_metrics_in_the_writers_order(tmp_path):
+    """What was logged at an earlier iteration comes later in the file, and loses nothing."""
+    lines = [
+        {"iteration": 39, "total_loss": 2.0},
+        {"iteration": 59, "total_loss": 1.0},
+        {"iteration": 49, "bbox/AP": 7.0},
+        {"iteration": 59, "bbox/AP": 8.0},
+    ]
+    records = write_metrics(tmp_path / "metrics.json", lines)
+    assert records == [
+        {"iteration": 39, "total_loss": 2.0},
+        {"iteration": 49, "bbox/AP": 7.0},
+        {"iteration": 59, "total_loss": 1.0, "bbox/AP": 8.0},
+    ]
+
+
+def test_metrics_of_a_run_that_was_killed(tmp_path):
+    """Its last line may be cut off."""
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 19, "total_loss": 1.0}\n{"iteration": 39, "tot')
+    assert visualize.read_metrics(path) == [{"iteration": 19, "total_loss": 1.0}]
 
 
 def test_curves_show_every_logged_value():
@@ -61,3 +103,20 @@ def test_command_on_something_else(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         visualize.main()
     assert f"{tmp_path} has no config.yaml" in capsys.readouterr().err
+
+
+def test_command_without_what_it_needs(cfg, coco, tmp_path, monkeypatch, capsys):
+    """A data set that is not given, and a run without evaluation, are named."""
+    cfg.DATASETS.TEST = ("val",)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    (tmp_path / "metrics.json").write_text("")
+    dataset = coco(name="val")
+    for options, expected in (
+        ([], "give data set val as --dataset val ANNOTATIONS.json IMAGE_DIR"),
+        (["--dataset", "val", "nowhere.json", dataset[2]], "no annotation file nowhere.json"),
+        (["--dataset", *dataset], "the run was not evaluated"),
+    ):
+        monkeypatch.setattr("sys.argv", ["visualize", str(tmp_path), *options])
+        with pytest.raises(SystemExit):
+            visualize.main()
+        assert expected in capsys.readouterr().err

@@ -34,7 +34,7 @@ def _restore_numpy_aliases() -> None:
     """`numpy.bool` and its like, removed in NumPy 1.24 (and `bool` back in 2.0)."""
     import numpy
 
-    for alias in (bool, int, float, object):
+    for alias in (bool, int, float, object, str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy warns of the very names that are looked for
             if not hasattr(numpy, alias.__name__):
@@ -59,7 +59,7 @@ def _restore_pkg_resources() -> None:
                 raise ModuleNotFoundError(f"No module named {package!r}", name=package)
             return str(Path(spec.origin).parent / resource)
 
-        stand_in = types.ModuleType("pkg_resources", resource_filename.__doc__)
+        stand_in = types.ModuleType("pkg_resources")
         stand_in.resource_filename = resource_filename  # type: ignore[attr-defined]
         sys.modules["pkg_resources"] = stand_in
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +26,7 @@ __all__ = [
     "DatasetError",
     "Mapper",
     "add_dataset_argument",
-    "load",
+    "check_images",
     "load_training_set",
     "register_datasets",
     "resolve_num_classes",
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 # The value of MODEL.RETINANET.NUM_CLASSES that stands for "as many as the data set has".
 NUM_CLASSES_FROM_DATA = 0
 _EXIF_ORIENTATION = 274
+# What the last bytes of a whole file have in them.
+_ENDINGS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_TAIL_BYTES = 64
 _MOST_NAMED = 5
 
 
@@ -57,7 +61,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
-    """Register data sets in COCO format with Detectron2.
+    """Register data sets in COCO format with Detectron2. Doing so twice is fine.
 
     Args:
         datasets: (name, annotation file, image directory) triples.
@@ -68,6 +72,9 @@ def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
     """
     for name, json_file, image_root in datasets:
         if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) == (json_file, image_root):
+                continue
             raise DatasetError(f"--dataset {name}: this name is taken, choose another one")
         if not PathManager.isfile(json_file):
             raise DatasetError(f"--dataset {name}: there is no annotation file {json_file}")
@@ -99,24 +106,19 @@ def _read_classes(json_file: str) -> list[str]:
         ) from e
 
 
-def load(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Load registered data sets, and look at the header of every image.
+def check_images(names: Sequence[str]) -> None:
+    """Look at every image, so that a missing one does not end a training hours later.
+
+    Reads the headers, and looks whether JPEG and PNG files are whole.
 
     Args:
         names: registered data sets.
-
-    Returns:
-        Dicts in Detectron2's standard format.
 
     Raises:
         DatasetError: an annotation file cannot be used, or images are missing, unreadable or not
             of the annotated size. It names the first of them.
     """
-    try:
-        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(list(names), filter_empty=False)
-    except (AssertionError, KeyError, TypeError, ValueError, OSError) as e:
-        raise DatasetError(f"{_files(names)} cannot be loaded: {e!r}") from e
-    # A missing image would otherwise end the training hours later.
+    dicts = _load(names)
     with ThreadPoolExecutor() as pool:
         problems = [p for p in pool.map(_image_problem, dicts) if p is not None]
     if problems:
@@ -124,6 +126,14 @@ def load(names: Sequence[str]) -> list[dict[str, Any]]:
             f"{_files(names)}: {len(problems)} of {len(dicts)} images cannot be used. "
             f"{_first(problems)}. Correct the image directory or the annotation file"
         )
+
+
+def _load(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Registered data sets in Detectron2's standard format; errors name their files."""
+    try:
+        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(list(names), filter_empty=False)
+    except (AssertionError, KeyError, TypeError, ValueError, OSError) as e:
+        raise DatasetError(f"{_files(names)} cannot be loaded: {e!r}") from e
     return dicts
 
 
@@ -138,7 +148,7 @@ def _classes(name: str) -> list[str]:
             f"IMAGE_DIR, or use one of {', '.join(DatasetCatalog.list()[:_MOST_NAMED])}, ..."
         )
     if MetadataCatalog.get(name).get("thing_classes") is None:
-        load([name])  # Detectron2 learns the classes of some data sets only then
+        _load([name])  # Detectron2 learns the classes of some data sets only then
     return list(MetadataCatalog.get(name).get("thing_classes", []))
 
 
@@ -154,8 +164,6 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         DatasetError: a data set is not registered, or two data sets, or a data set and the
             config, do not have the same classes.
     """
-    if not names:
-        raise DatasetError("there is no data set: name one in DATASETS.TRAIN or DATASETS.TEST")
     first = _classes(names[0])
     for name in names[1:]:
         other = _classes(name)
@@ -193,9 +201,9 @@ def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str
         Dicts in Detectron2's standard format.
 
     Raises:
-        DatasetError: see :func:`load`; or no usable box is left.
+        DatasetError: an annotation file cannot be used, or no usable box is left.
     """
-    dicts = load(names)
+    dicts = _load(names)
     dropped: list[str] = []
     num_boxes = 0
     for record in dicts:
@@ -218,11 +226,12 @@ def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str
     return filter_images_with_only_crowd_annotations(dicts) if filter_empty else dicts
 
 
-def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> "str | None":
-    if len(annotation.get("bbox", ())) != 4:
-        return "does not have four numbers"
+def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> str | None:
+    box = annotation.get("bbox", ())
+    if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+        return "is not four numbers"
     x1, y1, x2, y2 = BoxMode.convert(
-        [float(v) for v in annotation["bbox"]], annotation["bbox_mode"], BoxMode.XYXY_ABS
+        [float(v) for v in box], annotation["bbox_mode"], BoxMode.XYXY_ABS
     )
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         return "is not finite"
@@ -233,18 +242,23 @@ def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> "str | N
     return None
 
 
-def _image_problem(record: dict[str, Any]) -> "str | None":
+def _image_problem(record: dict[str, Any]) -> str | None:
     file_name = record["file_name"]
     if not PathManager.isfile(file_name):
         return f"{file_name} is missing"
     try:
         with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
             size = image.size
-            # Detectron2 turns such an image by 90 degrees. Without EXIF in the header, getexif()
-            # would decode a whole PNG to look for it.
-            if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:
+            # Without EXIF in the header, getexif() would decode a whole PNG to look for it.
+            if "exif" in image.info and _is_turned(image):
                 size = size[::-1]
-    except OSError as e:
+            position = f.tell()
+            f.seek(-min(_TAIL_BYTES, f.seek(0, os.SEEK_END)), os.SEEK_END)
+            is_whole = _ENDINGS.get(image.format or "", b"") in f.read()
+            f.seek(position)
+            if not is_whole:
+                image.load()  # cut off, or with something behind its end: decoding tells
+    except Exception as e:  # Pillow's decoders raise many kinds
         return f"{file_name} is not a readable image ({e})"
     if size != (record["width"], record["height"]):
         return (
@@ -252,6 +266,14 @@ def _image_problem(record: dict[str, Any]) -> "str | None":
             f"{record['height']} in its annotation"
         )
     return None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether Detectron2 turns the image by 90 degrees on reading."""
+    try:
+        return bool(image.getexif().get(_EXIF_ORIENTATION, 1) >= 5)
+    except Exception:  # damaged EXIF, which Detectron2 ignores
+        return False
 
 
 def _first(messages: Sequence[str]) -> str:

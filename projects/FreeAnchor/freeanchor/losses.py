@@ -83,12 +83,14 @@ class _NegativeBagLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for x in flat.split(_chunk(logits)):
             p, _, nll = _background(x.to(dtype))
-            total += p.pow_(gamma).mul_(nll).sum()
-        # The few cells with P{a in A+} > 0 were counted as plain background: put them right.
+            total += p.pow_(gamma).mul_(nll).sum(dtype=torch.float64)
+        # The few cells with P{a in A+} > 0 were counted as plain background: put them right. They
+        # may be nearly all of the sum, hence float64.
         x = flat[cells].to(dtype)
         p, _, nll = _background(x)
         q, _, nll_q = _background(x, prob.to(dtype))
-        total += (q.pow(gamma) * nll_q - p.pow(gamma) * nll).sum()
+        total += (q.pow(gamma) * nll_q).sum(dtype=torch.float64)
+        total -= (p.pow(gamma) * nll).sum(dtype=torch.float64)
         return total.to(dtype)
 
     @staticmethod

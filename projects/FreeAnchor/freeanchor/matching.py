@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Upper bound on the elements of one (objects, anchors) block. It bounds the memory of the search,
 # whatever the number of objects: a block has some ten temporaries of this size.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def box_prob(
         i, j = torch.nonzero(iou > threshold, as_tuple=True)
         # Strictly positive: the maximum is at least this IoU, which is above the threshold.
         ramp = max_iou[objects][i] - threshold
-        probs.append(((iou[i, j] - threshold) / ramp).clamp_(max=1))
+        probs.append((iou[i, j] - threshold) / ramp)
         cells.append(j * num_classes + gt_classes[objects][i])
     if not cells:
         return gt_classes.new_zeros(0), max_iou.new_zeros(0), max_iou

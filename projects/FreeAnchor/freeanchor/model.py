@@ -49,6 +49,11 @@ class FreeAnchor(RetinaNet):
             raise ValueError(f"PRE_ANCHOR_TOPK must be at least 1, got {pre_anchor_topk}")
         if not 0 <= bbox_threshold < 1:
             raise ValueError(f"BBOX_THRESHOLD must be in [0, 1), got {bbox_threshold}")
+        if self.box_reg_loss_type != "smooth_l1":
+            raise ValueError(
+                "BBOX_REG_LOSS_TYPE must be smooth_l1, which the likelihood is made of, got "
+                f"{self.box_reg_loss_type}"
+            )
         if self.focal_loss_gamma < 1:
             raise ValueError(f"FOCAL_LOSS_GAMMA must be at least 1, got {self.focal_loss_gamma}")
         self.pre_anchor_topk = pre_anchor_topk
@@ -85,6 +90,8 @@ class FreeAnchor(RetinaNet):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         """The two bag losses of a batch (paper, section 3.3), in float32 or better.
+
+        Logs to the current `EventStorage`, so there must be one, as for Detectron2's RetinaNet.
 
         Args:
             anchors: per level, (Hi * Wi * A) anchors, shared by all images.

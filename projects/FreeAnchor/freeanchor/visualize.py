@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .config import add_freeanchor_config
-from .data import add_dataset_argument, register_datasets
+from .data import DatasetError, add_dataset_argument, register_datasets
 
 _CURVES = (
     ("Losses", ("total_loss", "loss_positive", "loss_negative")),
@@ -83,18 +83,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read `metrics.json`, without what a later run into the same folder has overtaken.
 
     Args:
-        path: the file that Detectron2's `JSONWriter` appends to.
+        path: the file that Detectron2's `JSONWriter` appends to. A last line that was cut off
+            with its run is left out.
 
     Returns:
-        Records in increasing order of `iteration`.
+        One record per iteration, in increasing order of `iteration`.
     """
-    records: list[dict[str, float]] = []
-    for line in path.read_text().splitlines():
+    records: dict[int, dict[str, float]] = {}
+    newest = -1  # iteration of the training step that was written last
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
         record = json.loads(line)
-        while records and records[-1]["iteration"] >= record["iteration"]:
-            records.pop()
-        records.append(record)
-    return records
+        iteration = record["iteration"]
+        if "total_loss" in record:
+            if iteration <= newest:  # a new run, or one that was resumed from before
+                records = {i: r for i, r in records.items() if i < iteration}
+            newest = iteration
+        # The writer gives values of one iteration in several lines, and not in their order.
+        records.setdefault(iteration, {}).update(record)
+    return [records[i] for i in sorted(records)]
 
 
 def draw_curves(records: list[dict[str, float]]) -> Figure:
@@ -139,9 +147,8 @@ def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
     draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
-        results = output_dir / "inference" / name / "coco_instances_results.json"
         detections: dict[int, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
-        for detection in json.loads(results.read_text()):
+        for detection in json.loads(_results_file(cfg, name).read_text()):
             detections[detection["image_id"]].append(detection)
         chosen = np.linspace(0, len(records) - 1, min(num_images, len(records)), dtype=int)
         for record in (records[i] for i in chosen):
@@ -152,6 +159,10 @@ def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
     return pictures
 
 
+def _results_file(cfg: CfgNode, name: str) -> Path:
+    return Path(cfg.OUTPUT_DIR) / "inference" / name / "coco_instances_results.json"
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -159,7 +170,7 @@ def main() -> None:
     )
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--score-thresh", type=float, default=0.3)
+    parser.add_argument("--score-thresh", type=float, default=0.5)
     add_dataset_argument(parser)
     args = parser.parse_args()
     for name in ("config.yaml", "metrics.json"):
@@ -169,7 +180,15 @@ def main() -> None:
     add_freeanchor_config(cfg)
     cfg.merge_from_file(str(args.output_dir / "config.yaml"))
     cfg.OUTPUT_DIR = str(args.output_dir)
-    register_datasets(args.dataset)
+    try:
+        register_datasets(args.dataset)
+    except DatasetError as e:
+        parser.error(str(e))
+    for name in cfg.DATASETS.TEST:
+        if name not in DatasetCatalog.list():
+            parser.error(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
+        if not _results_file(cfg, name).is_file():
+            parser.error(f"there is no {_results_file(cfg, name)}: the run was not evaluated")
     pictures = write_pictures(cfg, args.num_images, args.score_thresh)
     print(f"Detections beside ground truth and the curves of the training are in {pictures}")
 
