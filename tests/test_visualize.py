@@ -23,7 +23,8 @@ def test_detections_beside_ground_truth(dataset, monkeypatch):
     found = [{"bbox": [5, 5, 40, 30], "score": 0.8, "category_id": 9}]
     with_box = visualize.draw_detections(record, found, metadata, score_thresh=0.5)
     without = visualize.draw_detections(record, found, metadata, score_thresh=0.9)
-    height, width = record["height"], record["width"]
+    height = visualize._MIN_SIZE
+    width = record["width"] * height // record["height"]
     assert with_box.shape == without.shape == (height, 2 * width, 3)
     assert with_box.dtype == np.uint8
     assert np.array_equal(with_box[:, :width], without[:, :width])

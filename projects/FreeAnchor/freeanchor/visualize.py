@@ -23,6 +23,7 @@ from PIL import Image
 from .config import add_freeanchor_config
 from .data import DatasetError, add_dataset_argument, register_datasets
 
+_MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
 _CURVES = (
     ("Losses", ("total_loss", "loss_positive", "loss_negative")),
     ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
@@ -42,7 +43,7 @@ def draw_detections(
         score_thresh: detections with a lower score are left out.
 
     Returns:
-        (H, 2 * W, 3) uint8 RGB image.
+        (H, 2 * W, 3) uint8 RGB image, where small images are enlarged.
     """
     image = read_image(record["file_name"], "RGB")
     contiguous = metadata.thing_dataset_id_to_contiguous_id
@@ -68,7 +69,7 @@ def _draw_boxes(
     """Draw (box, class, what to say after the class) on an image, a colour for each class."""
     colors = colormap(rgb=True, maximum=1)
     drawn: NDArray[Any] = (
-        Visualizer(image, metadata)
+        Visualizer(image, metadata, scale=max(1.0, _MIN_SIZE / min(image.shape[:2])))
         .overlay_instances(
             boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
             labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
@@ -144,6 +145,8 @@ def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
     output_dir = Path(cfg.OUTPUT_DIR)
     pictures = output_dir / "pictures"
     pictures.mkdir(exist_ok=True)
+    for picture in pictures.glob("*.png"):  # of another model, or other images
+        picture.unlink()
     draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
@@ -152,10 +155,10 @@ def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
             detections[detection["image_id"]].append(detection)
         chosen = np.linspace(0, len(records) - 1, min(num_images, len(records)), dtype=int)
         for record in (records[i] for i in chosen):
-            picture = draw_detections(
+            drawn = draw_detections(
                 record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
             )
-            Image.fromarray(picture).save(pictures / f"{name}_{record['image_id']}.png")
+            Image.fromarray(drawn).save(pictures / f"{name}_{record['image_id']}.png")
     return pictures
 
 
@@ -170,7 +173,7 @@ def main() -> None:
     )
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--score-thresh", type=float, default=0.5)
+    parser.add_argument("--score-thresh", type=float, default=0.7)
     add_dataset_argument(parser)
     args = parser.parse_args()
     for name in ("config.yaml", "metrics.json"):
