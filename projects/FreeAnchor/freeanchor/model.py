@@ -1,5 +1,6 @@
 """The meta-architecture: RetinaNet whose anchors are matched and trained by FreeAnchor."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,35 +119,24 @@ class FreeAnchor(RetinaNet):
             )[:, None]  # (M, 1)
 
             bag = iou_topk(anchor_boxes, gt_boxes, self.pre_anchor_topk)  # (M, K)
-            weights = self.box2box_transform.weights
+            targets = encode_boxes(
+                gt_boxes[:, None], anchor_boxes[bag], self.box2box_transform.weights
+            )
             log_prob = matched_log_probability(
                 logits[image, bag, gt_classes[:, None]].to(dtype),
                 deltas[image, bag],
-                encode_boxes(gt_boxes[:, None], anchor_boxes[bag], weights),
+                targets,
                 self.bbox_reg_weight,
                 self.smooth_l1_beta,
             )
             positive = positive_bag_loss(log_prob)
 
-            boxes = decode_boxes(
-                deltas.detach(), anchor_boxes, weights, self.box2box_transform.scale_clamp
+            cells, prob, max_iou = self._positive_cells(
+                deltas, anchor_boxes, gt_boxes.split(counts), gt_classes.split(counts)
             )
-            matched = [
-                box_prob(boxes[i], gt, classes, self.num_classes, self.bbox_threshold)
-                for i, (gt, classes) in enumerate(
-                    zip(gt_boxes.split(counts), gt_classes.split(counts))
-                )
-            ]
-            negative = negative_bag_loss(
-                logits,
-                torch.cat(
-                    [cells + i * logits[i].numel() for i, (cells, _, _) in enumerate(matched)]
-                ),
-                torch.cat([prob for _, prob, _ in matched]),
-                self.focal_loss_gamma,
-            )
+            negative = negative_bag_loss(logits, cells, prob, self.focal_loss_gamma)
 
-        self._log_matching(log_prob, positive, torch.cat([m for _, _, m in matched]), len(counts))
+        self._log_matching(log_prob, positive, max_iou, len(counts))
         # The others divide the loss of a batch without objects by 1: some 350 times too much.
         num_objects = max(1, sum(counts))
         alpha = self.focal_loss_alpha
@@ -154,6 +144,27 @@ class FreeAnchor(RetinaNet):
             "loss_positive": positive.sum() * (alpha / num_objects),
             "loss_negative": negative * ((1 - alpha) / (self.pre_anchor_topk * num_objects)),
         }
+
+    @torch.no_grad()
+    def _positive_cells(
+        self,
+        deltas: Tensor,
+        anchors: Tensor,
+        gt_boxes: Sequence[Tensor],
+        gt_classes: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:func:`box_prob` of all images, with cells as indices into the (N, R, C) logits."""
+        transform = self.box2box_transform
+        boxes = decode_boxes(deltas, anchors, transform.weights, transform.scale_clamp)
+        cells, probs, max_ious = [], [], []
+        for i, (gt, classes) in enumerate(zip(gt_boxes, gt_classes)):
+            cell, prob, max_iou = box_prob(
+                boxes[i], gt, classes, self.num_classes, self.bbox_threshold
+            )
+            cells.append(cell + i * len(anchors) * self.num_classes)
+            probs.append(prob)
+            max_ious.append(max_iou)
+        return torch.cat(cells), torch.cat(probs), torch.cat(max_ious)
 
     @torch.no_grad()
     def _log_matching(
