@@ -4,9 +4,11 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from freeanchor import data
 from freeanchor.data import DatasetError
 from PIL import Image
@@ -152,6 +154,8 @@ def test_data_set_that_is_not_registered(cfg):
     """A misspelt name says how to register it."""
     with pytest.raises(DatasetError, match="data set coco_2018 is not known: register it with"):
         data.resolve_num_classes(cfg, ["coco_2018"])
+    with pytest.raises(DatasetError, match="there is no data set"):
+        data.resolve_num_classes(cfg, [])
 
 
 def test_data_set_that_python_registered(cfg, coco):
@@ -195,6 +199,22 @@ def test_unusable_boxes_are_dropped_and_reported(coco, warnings):
     assert "has no area" in record.message
     assert "outside the image of 64 x 48" in record.message
     assert "and 4 more" in record.message
+
+
+def test_data_that_python_registered(coco):
+    """Detectron2's standard format allows NumPy numbers and images without their size."""
+    _, _, images = coco()
+    box = {
+        "bbox": np.array([5, 5, 20, 20], dtype=np.float32),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": 0,
+    }
+    record = {"file_name": f"{images}/1.png", "image_id": 1, "annotations": [box]}
+    DatasetCatalog.register("by_python", lambda: [record])
+    MetadataCatalog.get("by_python").thing_classes = ["cell"]
+    data.check_images(["by_python"])
+    (loaded,) = data.load_training_set(["by_python"], filter_empty=True)
+    assert len(loaded["annotations"]) == 1
 
 
 @pytest.mark.parametrize("filter_empty", [True, False])

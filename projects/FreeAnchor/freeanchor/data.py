@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -161,9 +162,11 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         names: the data sets to be used, training first.
 
     Raises:
-        DatasetError: a data set is not registered, or two data sets, or a data set and the
+        DatasetError: there is no data set, one is not registered, or two of them, or one and the
             config, do not have the same classes.
     """
+    if not names:
+        raise DatasetError("there is no data set: name one in DATASETS.TRAIN or DATASETS.TEST")
     first = _classes(names[0])
     for name in names[1:]:
         other = _classes(name)
@@ -228,7 +231,7 @@ def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str
 
 def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> str | None:
     box = annotation.get("bbox", ())
-    if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+    if len(box) != 4 or not all(isinstance(v, Real) for v in box):
         return "is not four numbers"
     x1, y1, x2, y2 = BoxMode.convert(
         [float(v) for v in box], annotation["bbox_mode"], BoxMode.XYXY_ABS
@@ -237,8 +240,9 @@ def _box_problem(annotation: dict[str, Any], record: dict[str, Any]) -> str | No
         return "is not finite"
     if x2 <= x1 or y2 <= y1:
         return "has no area"
-    if x1 >= record["width"] or y1 >= record["height"] or x2 <= 0 or y2 <= 0:
-        return f"is outside the image of {record['width']} x {record['height']} pixels"
+    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+        return f"is outside the image of {width} x {height} pixels"
     return None
 
 
@@ -260,10 +264,12 @@ def _image_problem(record: dict[str, Any]) -> str | None:
                 image.load()  # cut off, or with something behind its end: decoding tells
     except Exception as e:  # Pillow's decoders raise many kinds
         return f"{file_name} is not a readable image ({e})"
-    if size != (record["width"], record["height"]):
+    # Data that Python registered may leave them out.
+    annotated = record.get("width", size[0]), record.get("height", size[1])
+    if size != annotated:
         return (
-            f"{file_name} has {size[0]} x {size[1]} pixels, but {record['width']} x "
-            f"{record['height']} in its annotation"
+            f"{file_name} has {size[0]} x {size[1]} pixels, but {annotated[0]} x {annotated[1]} "
+            "in its annotation"
         )
     return None
 
