@@ -77,10 +77,11 @@ def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
     assert visualize.read_metrics(output / "metrics.json")[-1]["iteration"] == 5
 
     forget("val")
-    sys.argv = ["visualize", str(output), "--num-images", "2", *register[4:]]
-    visualize.main()
-    pictures = sorted(p.name for p in (output / "pictures").iterdir())
-    assert pictures == ["curves.png", "val_1.png", "val_4.png"]
+    for count, images in (("2", ["val_1.png", "val_4.png"]), ("1", ["val_1.png"])):
+        sys.argv = ["visualize", str(output), "--num-images", count, *register[4:]]
+        visualize.main()
+        pictures = sorted(p.name for p in (output / "pictures").iterdir())
+        assert pictures == ["curves.png", *images]  # and none of the call before
 
 
 def forget(name):
