@@ -6,7 +6,7 @@ import paper
 import pytest
 import torch
 import torch.nn.functional as F
-from freeanchor import losses
+from freeanchor import losses, ops
 
 
 def naive_mean_max(prob):
@@ -20,6 +20,12 @@ def naive_negative(logits, prob, gamma=2.0):
     """The negative loss with sigmoid and binary cross entropy on the dense P{a in A+}."""
     q = logits.sigmoid() * (1 - prob)
     return (q**gamma * F.binary_cross_entropy(q, torch.zeros_like(q), reduction="none")).sum()
+
+
+def negative_bag_loss(logits, cells, prob, gamma=2.0):
+    """The negative loss alone, of logits of any shape."""
+    levels = [logits.reshape(1, -1, logits.shape[-1] or 1)]
+    return ops.negative_bag_loss(levels, cells, prob, cells[:0], gamma)[0]
 
 
 # Positive bag loss
@@ -92,7 +98,7 @@ def test_negative_bag_loss_is_the_papers(gamma):
     logits, cells, prob, dense = sparse_case()
     expected = naive_negative(logits, dense, gamma)
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    loss = losses.negative_bag_loss(logits, cells, prob, gamma)
+    loss = negative_bag_loss(logits, cells, prob, gamma)
     (grad,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-13)
@@ -105,8 +111,8 @@ def test_negative_bag_loss_where_matched_cells_are_nearly_all_of_it():
     logits[cells] = torch.rand(2000) * 6 + 2
     background = torch.ones(300_000, dtype=torch.bool)
     background[cells] = False
-    loss = losses.negative_bag_loss(logits, cells, prob)
-    rest = losses.negative_bag_loss(logits[background].double(), cells[:0], prob[:0])
+    loss = negative_bag_loss(logits, cells, prob)
+    rest = negative_bag_loss(logits[background].double(), cells[:0], prob[:0].double())
     assert rest > 0
     torch.testing.assert_close(loss.double(), rest, rtol=0, atol=1e-5)
     assert loss > -1e-5
@@ -118,7 +124,7 @@ def test_negative_bag_loss_of_saturated_matched_cells(prob):
     logits = torch.linspace(16, 40, 25, requires_grad=True)
     exact = logits.detach().double().requires_grad_()
     cells = torch.arange(25)
-    losses.negative_bag_loss(logits, cells, torch.full((25,), prob)).backward()
+    negative_bag_loss(logits, cells, torch.full((25,), prob)).backward()
     q = exact.sigmoid() * (1 - prob)
     not_q = (-exact).sigmoid() + exact.sigmoid() * prob
     (q.square() * -not_q.log()).sum().backward()
@@ -128,26 +134,26 @@ def test_negative_bag_loss_of_saturated_matched_cells(prob):
 def test_negative_bag_loss_gradient():
     """Analytic and numerical gradient agree."""
     logits, cells, prob, _ = sparse_case()
-    assert torch.autograd.gradcheck(lambda x: losses.negative_bag_loss(x, cells, prob, 2.0), logits)
+    assert torch.autograd.gradcheck(lambda x: negative_bag_loss(x, cells, prob, 2.0), logits)
 
 
 def test_negative_bag_loss_scales_its_gradient():
     """An outer factor, as the AMP scaler's, reaches the gradient, twice if asked twice."""
     logits, cells, prob, _ = sparse_case()
-    loss = losses.negative_bag_loss(logits, cells, prob)
+    loss = negative_bag_loss(logits, cells, prob)
     (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (scaled,) = torch.autograd.grad(loss * 1024, logits)
     torch.testing.assert_close(scaled, once * 1024)
 
 
 def test_negative_bag_loss_chunks(monkeypatch):
-    """Where the chunks end must not matter."""
+    """Where the chunks of the reference end must not matter."""
     logits, cells, prob, _ = sparse_case()
-    whole = losses.negative_bag_loss(logits, cells, prob)
-    (whole_grad,) = torch.autograd.grad(whole, logits)
+    arguments = [logits.detach()], cells, prob, cells[:0], 2.0, 1.0, 1.0
+    whole_grad, parts_grad = torch.empty_like(logits), torch.empty_like(logits)
+    whole, _ = losses.negative_bag_loss(*arguments, [whole_grad.detach()])
     monkeypatch.setattr(losses, "_CHUNK_CPU", 7)
-    parts = losses.negative_bag_loss(logits, cells, prob)
-    (parts_grad,) = torch.autograd.grad(parts, logits)
+    parts, _ = losses.negative_bag_loss(*arguments, [parts_grad.detach()])
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
     torch.testing.assert_close(parts_grad, whole_grad, rtol=1e-13, atol=1e-15)
 
@@ -156,7 +162,7 @@ def test_negative_bag_loss_of_a_saturated_false_positive():
     """Trap 10: at logit 20 the gradient is 1 in float32, where the naive code has 0."""
     logits = torch.tensor([20.0, 80.0], requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    loss = losses.negative_bag_loss(logits, *none)
+    loss = negative_bag_loss(logits, *none)
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(100.0))
     torch.testing.assert_close(logits.grad, torch.ones(2))
@@ -170,7 +176,7 @@ def test_negative_bag_loss_of_a_saturated_false_positive():
 def test_negative_bag_loss_is_finite_everywhere(logit, prob):
     """No corner of logits and P{a in A+} gives inf or NaN in float32."""
     logits = torch.tensor([logit], requires_grad=True)
-    loss = losses.negative_bag_loss(logits, torch.tensor([0]), torch.tensor([prob]))
+    loss = negative_bag_loss(logits, torch.tensor([0]), torch.tensor([prob]))
     loss.backward()
     assert loss.isfinite()
     assert loss >= 0
@@ -184,7 +190,7 @@ def test_negative_bag_loss_of_half_precision_logits(dtype):
     """Trap 3: half precision logits are summed in float32, and get gradients of their dtype."""
     logits, cells, prob, dense = sparse_case(torch.float32)
     half = logits.detach().to(dtype).requires_grad_()
-    loss = losses.negative_bag_loss(half, cells, prob)
+    loss = negative_bag_loss(half, cells, prob)
     loss.backward()
     exact = half.detach().double().requires_grad_()
     expected = naive_negative(exact, dense.double())
@@ -201,10 +207,10 @@ def test_negative_bag_loss_keeps_small_gradients_in_float16():
     """
     x = torch.linspace(-10, 5, 200)
     half = x.half().requires_grad_()
-    none = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    (losses.negative_bag_loss(half, *none) * 1024).backward()
+    none, no_prob = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    (negative_bag_loss(half, none, no_prob) * 1024).backward()
     exact = half.detach().double().requires_grad_()
-    (losses.negative_bag_loss(exact, *none) * 1024).backward()
+    (negative_bag_loss(exact, none, no_prob.double()) * 1024).backward()
     assert (exact.grad / 1024).min() < 6e-8
     torch.testing.assert_close(half.grad.double(), exact.grad, rtol=2e-3, atol=6e-8)
 
@@ -212,7 +218,7 @@ def test_negative_bag_loss_keeps_small_gradients_in_float16():
 def test_negative_bag_loss_of_nothing():
     """An empty tensor of logits, as an image smaller than a stride would give."""
     logits = torch.zeros(2, 0, 80, requires_grad=True)
-    loss = losses.negative_bag_loss(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    loss = negative_bag_loss(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     loss.backward()
     assert loss == 0
     assert logits.grad.shape == logits.shape

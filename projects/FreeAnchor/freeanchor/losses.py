@@ -1,16 +1,17 @@
 """The bag losses of FreeAnchor: pure tensor functions, letters as in `matching.py`."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .matching import locate, take
 
 # Elements per step of the dense sum: temporaries that stay in a CPU's cache, and few launches on
 # a GPU.
-_CHUNK_CPU = 1 << 17
+_CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 24
 
 
@@ -47,75 +48,71 @@ def positive_bag_loss(log_prob: Tensor) -> Tensor:
     return F.softplus(math.log(max(1, log_prob.shape[1])) - log_sum_odds)
 
 
-def negative_bag_loss(logits: Tensor, cells: Tensor, prob: Tensor, gamma: float = 2.0) -> Tensor:
+@torch.no_grad()
+def negative_bag_loss(
+    logits: Sequence[Tensor],
+    cells: Tensor,
+    prob: Tensor,
+    bag: Tensor,
+    gamma: float,
+    scale: float,
+    grad_scale: float,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     """Precision loss: the focal loss of every anchor and class, as far as it is background.
 
     The sum over all cells of q^gamma * -log(1 - q) with q = P^cls * (1 - P{a in A+}) (paper,
-    section 3.3). Arithmetic is in logit space, so a false positive with a saturated sigmoid still
-    gets its gradient, and in float32 for half precision logits.
+    section 3.3), and its gradient in the same pass over the logits. The sum does not depend on
+    their order, so they are read as they lie in memory, as if P{a in A+} were 0 everywhere, and
+    the few cells where it is not are put right afterwards. Arithmetic is in logit space, so a
+    false positive with a saturated sigmoid still gets its gradient, and in float32 for half
+    precision logits.
 
     Args:
-        logits: class logits of any shape.
-        cells: (S,) int64 distinct indices into the flattened logits where P{a in A+} is not 0.
-        prob: (S,) P{a in A+} there, see :func:`freeanchor.matching.box_prob`. No gradient.
+        logits: L levels (N, ..., C) of class logits.
+        cells: (S,) int64 distinct indices of the elements of the levels where P{a in A+} is not 0.
+        prob: (S,) P{a in A+} there, see :func:`freeanchor.matching.box_prob`.
+        bag: int64 indices of the logits that the positive loss needs, of any shape.
         gamma: focusing parameter, at least 1.
+        scale: factor of the loss.
+        grad_scale: factor of the gradient.
+        grads: where to write the gradient times `grad_scale`: a tensor for each level, of its shape
+            and memory layout, or none if the gradient is not wanted.
 
     Returns:
-        Scalar sum.
+        Tuple of the scalar loss times `scale`, and the logits at `bag`. Both are in float32 or
+        better.
     """
-    loss: Tensor = _NegativeBagLoss.apply(logits, cells, prob, gamma)
-    return loss
-
-
-class _NegativeBagLoss(torch.autograd.Function):
-    """Goes through the logits in chunks, and keeps nothing but the logits for the gradient.
-
-    The gradient is computed in the backward pass, where its scale is known: that of the AMP
-    scaler keeps it from underflowing in float16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, cells: Tensor, prob: Tensor, gamma: float) -> Tensor:
-        ctx.save_for_backward(logits, cells, prob)
-        ctx.gamma = gamma
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        flat = logits.reshape(-1)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for x in flat.split(_chunk(logits)):
-            p, _, nll = _background(x.to(dtype))
-            total += p.pow_(gamma).mul_(nll).sum(dtype=torch.float64)
-        # The few cells with P{a in A+} > 0 were counted as plain background: put them right. They
-        # may be nearly all of the sum, hence float64.
-        x = flat[cells].to(dtype)
-        p, _, nll = _background(x)
-        q, _, nll_q = _background(x, prob.to(dtype))
-        total += (q.pow(gamma) * nll_q).sum(dtype=torch.float64)
-        total -= (p.pow(gamma) * nll).sum(dtype=torch.float64)
-        return total.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, cells, prob = ctx.saved_tensors
-        flat = logits.reshape(-1)
-        grad = torch.empty_like(flat)
-        chunk = _chunk(logits)
-        for x, out in zip(flat.split(chunk), grad.split(chunk)):
-            x = x.to(grad_output.dtype)
-            p, not_p, nll = _background(x)
-            # d/dx of p^gamma * nll, where dp/dx = p (1 - p) and dnll/dx = p
-            slope = not_p.mul_(nll).mul_(ctx.gamma).add_(p)
-            out.copy_(p.pow_(ctx.gamma).mul_(slope).mul_(grad_output))
-        x = flat[cells].to(grad_output.dtype)
-        q, not_q, nll = _background(x, prob.to(grad_output.dtype))
-        # The same with dq/dx = q (1 - p) and dnll/dq = 1 / (1 - q)
-        slope = (-x).sigmoid() * (ctx.gamma * nll + q / not_q)
-        grad[cells] = (q.pow(ctx.gamma) * slope * grad_output).to(grad.dtype)
-        return grad.view(logits.shape), None, None, None
-
-
-def _chunk(logits: Tensor) -> int:
-    return _CHUNK_GPU if logits.is_cuda else _CHUNK_CPU
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=logits[0].device)
+    chunk = _CHUNK_GPU if logits[0].is_cuda else _CHUNK_CPU
+    for i, level in enumerate(logits):
+        order = sorted(range(level.dim()), key=level.stride, reverse=True)  # as it lies in memory
+        parts = outs = level.permute(order).reshape(-1).split(chunk)
+        if grads:
+            outs = grads[i].permute(order).view(-1).split(chunk)
+        for x, out in zip(parts, outs):
+            p, not_p, nll = _background(x.to(dtype))
+            if grads:
+                # d/dx of p^gamma * nll, where dp/dx = p (1 - p) and dnll/dx = p
+                slope = not_p.mul_(nll).mul_(gamma).add_(p).mul_(grad_scale)
+                torch.mul(p.pow_(gamma), slope, out=out)
+            else:
+                p.pow_(gamma)
+            total += p.mul_(nll).sum(dtype=torch.float64)
+    # The few cells with P{a in A+} > 0 were counted as plain background: put them right. They may
+    # be nearly all of the sum, hence float64.
+    x = take(logits, cells)
+    p, _, nll = _background(x)
+    q, not_q, nll_q = _background(x, prob)
+    total += (q.pow(gamma) * nll_q).sum(dtype=torch.float64)
+    total -= (p.pow(gamma) * nll).sum(dtype=torch.float64)
+    # The same gradient with dq/dx = q (1 - p) and dnll/dq = 1 / (1 - q)
+    slope = q.pow(gamma) * (-x).sigmoid() * (gamma * nll_q + q / not_q) * grad_scale
+    if grads:
+        for grad, here, position in locate(grads, cells):
+            grad[position] = slope[here].to(grad.dtype)
+    return (total * scale).to(dtype), take(logits, bag)
 
 
 def _background(x: Tensor, prob: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +120,6 @@ def _background(x: Tensor, prob: Tensor | None = None) -> tuple[Tensor, Tensor, 
     p = x.sigmoid()
     not_p = (-x).sigmoid()  # 1 - p would round to 0 from x = 17 on
     if prob is None:
-        return p, not_p, F.softplus(x)
-    not_q = not_p + p * prob
-    return p * (1 - prob), not_q, -torch.log(not_q)
+        return p, not_p, F.softplus(x, threshold=40)
+    q, not_q = p * (1 - prob), not_p + p * prob
+    return q, not_q, torch.where(q < 0.5, -torch.log1p(-q), -torch.log(not_q))

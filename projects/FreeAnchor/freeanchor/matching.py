@@ -3,11 +3,20 @@
 Pure tensor functions, in the order of section 3 of "FreeAnchor: Learning to Match Anchors for
 Visual Object Detection" (NeurIPS 2019). Shapes are written with
 
-    N images, M objects, R anchors (of one image, all levels), C classes, K anchors in a bag
+    N images, M objects (of all images), R anchors (of one image, all levels), C classes,
+    K anchors in a bag, L levels of the feature pyramid
 
 and the paper's symbols: object b_i, anchor a_j, P_ij^cls, P_ij^loc, P{a_j in A+}. Boxes are
 (x1, y1, x2, y2) in pixels of the input image.
+
+What there is for each anchor comes as L tensors, one per level, because that is how a head leaves
+it, and a level is a view into whatever memory layout the head chose: (N, H, W, A, D), or flattened
+(N, H * W * A, D), of D numbers per anchor. An element of all levels together has the index
+(n * R + j) * D + d, as if they were one (N, R, D) tensor, which is never made.
 """
+
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +25,26 @@ from torch import Tensor
 # Upper bound on the elements of one (objects, anchors) block. It bounds the memory of the search,
 # whatever the number of objects: a block has some ten temporaries of this size.
 _BLOCK_ELEMENTS = 1 << 20
+
+
+def check_boxes(name: str, boxes: Tensor) -> None:
+    """Refuse what is not an (M, 4) tensor of boxes, which may lack width or height.
+
+    Raises:
+        ValueError: a wrong shape or dtype, a coordinate that is not finite, an inverted box.
+    """
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name} must be (M, 4), got {list(boxes.shape)}")
+    if boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {boxes.dtype}")
+    size = boxes[:, 2:] - boxes[:, :2]  # NaN or inf if a coordinate is
+    low, high = torch.stack(size.aminmax()).tolist() if len(boxes) else (0, 0)
+    if not 0 <= low <= high < math.inf:
+        i = int((~((size >= 0) & (size < math.inf))).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"{name} must have finite coordinates with x1 <= x2 and y1 <= y2, got "
+            f"{boxes[i].tolist()} at {i}"
+        )
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -38,9 +67,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return torch.where(inter > 0, inter / union, 0)
 
 
-def encode_boxes(
-    boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]
-) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     """Regression targets of `boxes` relative to `anchors`.
 
     The arithmetic of Detectron2's `Box2BoxTransform.get_deltas`, for any leading dimensions,
@@ -65,7 +92,7 @@ def encode_boxes(
 def decode_boxes(
     deltas: Tensor,
     anchors: Tensor,
-    weights: tuple[float, float, float, float],
+    weights: Sequence[float],
     scale_clamp: float,
 ) -> Tensor:
     """Boxes that `deltas` predict from `anchors`: the inverse of :func:`encode_boxes`.
@@ -89,8 +116,69 @@ def decode_boxes(
     return torch.cat((centre - half, centre + half), dim=-1)
 
 
+def count_anchors(levels: Sequence[Tensor]) -> int:
+    """R: the anchors of one image in levels (N, ..., D)."""
+    return sum(math.prod(level.shape[1:-1]) for level in levels)
+
+
 @torch.no_grad()
-def iou_topk(anchors: Tensor, gt_boxes: Tensor, k: int) -> Tensor:
+def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Elements of the levels: `torch.take` of the (N, R, D) tensor that they stand for.
+
+    Args:
+        levels: L tensors (N, ..., D), see the top of this module.
+        index: int64 indices into N * R * D elements, of any shape.
+
+    Returns:
+        The elements, of the shape of `index`, in float32 or better.
+    """
+    out = levels[0].new_zeros(index.shape, dtype=torch.promote_types(levels[0].dtype, torch.float))
+    for level, here, position in locate(levels, index):
+        out[here] = level[position].to(out.dtype)
+    return out
+
+
+@torch.no_grad()
+def put_(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor | None) -> None:
+    """Multiply the levels by a factor, then add `source` at `index`: the gradient of `take`.
+
+    Args:
+        levels: L tensors (N, ..., D), changed in place.
+        index: int64 indices as for :func:`take`. The sources of an index that is there twice add.
+        source: what to add, of the shape of `index`.
+        factor: scalar on the device of the levels, None for 1.
+    """
+    if factor is not None and (factor.is_cuda or factor != 1):
+        for level in levels:
+            # In the dtype of the factor, which float16 may not hold.
+            level.copy_(level.to(factor.dtype).mul_(factor))
+    for level, here, position in locate(levels, index):
+        level.index_put_(position, source[here].to(level.dtype), accumulate=True)
+
+
+def locate(
+    levels: Sequence[Tensor], index: Tensor
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+    """Give each level, which of the indices are its own, and their positions in it."""
+    if index.numel() == 0:
+        return
+    row = index // levels[0].shape[-1]
+    d = index % levels[0].shape[-1]
+    image = row // count_anchors(levels)
+    anchor = row % count_anchors(levels)
+    first = 0
+    for level in levels:
+        middle = level.shape[1:-1]
+        last = first + math.prod(middle)
+        here = (anchor >= first) & (anchor < last)
+        if last > first:
+            position = torch.unravel_index(anchor[here] - first, middle)
+            yield level, here, (image[here], *position, d[here])
+        first = last
+
+
+@torch.no_grad()
+def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     """Bags of anchors: the `k` anchors with the highest IoU with each object (A_i in the paper).
 
     Every anchor that contains a small object has the same IoU with it, so ties at the k-th place
@@ -99,23 +187,22 @@ def iou_topk(anchors: Tensor, gt_boxes: Tensor, k: int) -> Tensor:
     centre, then the lower index. It is the same on every device and in every run.
 
     Args:
-        anchors: (R, 4) anchors, the same for all images.
+        anchors: L levels of anchors, the same for all images. A level is (R_l, 4), or (H, W, A, 4)
+            if it is a grid: the x coordinates depend on the column and on a only, the y coordinates
+            on the row and on a, and the centres move to the right and down.
         gt_boxes: (M, 4) objects, of any number of images.
         k: the size of a bag.
 
     Returns:
-        (M, min(k, R)) int64 indices into `anchors`, in the order above.
-
-    Raises:
-        ValueError: `k` is less than 1.
+        (M, min(k, R)) int64 indices into the anchors of all levels, in the order above.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    k = min(k, len(anchors))
+    flat = torch.cat([level.reshape(-1, 4) for level in anchors])
+    check_boxes("anchors", flat)
+    k = min(k, len(flat))
     if k == 0 or len(gt_boxes) == 0:
-        return torch.zeros((len(gt_boxes), k), dtype=torch.int64, device=anchors.device)
-    block = max(1, _BLOCK_ELEMENTS // len(anchors))
-    return torch.cat([_iou_topk_block(anchors, boxes, k) for boxes in gt_boxes.split(block)])
+        return torch.zeros((len(gt_boxes), k), dtype=torch.int64, device=gt_boxes.device)
+    block = max(1, _BLOCK_ELEMENTS // len(flat))
+    return torch.cat([_iou_topk_block(flat, boxes, k) for boxes in gt_boxes.split(block)])
 
 
 def _iou_topk_block(anchors: Tensor, gt_boxes: Tensor, k: int) -> Tensor:
@@ -162,9 +249,17 @@ def matched_log_probability(
 
 @torch.no_grad()
 def box_prob(
-    boxes: Tensor, gt_boxes: Tensor, gt_classes: Tensor, num_classes: int, threshold: float
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    gt_boxes: Tensor,
+    gt_classes: Tensor,
+    counts: Sequence[int],
+    num_classes: int,
+    weights: Sequence[float],
+    scale_clamp: float,
+    threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P{a_j in A+} of one image: does the predicted box of anchor j localise an object?
+    """P{a_j in A+} of a batch: does the predicted box of anchor j localise an object?
 
     P{a_j -> b_i} rises linearly from 0 where the predicted box has IoU `threshold` with object i
     to 1 for the predicted box with the highest IoU (the saturated linear function of the paper,
@@ -176,23 +271,47 @@ def box_prob(
     NaN that their users meet late in training.
 
     Args:
-        boxes: (R, 4) predicted boxes of one image.
-        gt_boxes: (M, 4) objects of the image.
+        deltas: L levels (N, ..., 4) of predicted deltas.
+        anchors: L levels of the anchors, (R_l, 4) or (H, W, A, 4).
+        gt_boxes: (M, 4) objects, those of the first image first.
         gt_classes: (M,) their classes in [0, C).
+        counts: N numbers of objects, one per image, M together.
         num_classes: C.
-        threshold: IoU at which the ramp starts, `MODEL.FREEANCHOR.BBOX_THRESHOLD`.
+        weights: of the deltas, as for :func:`decode_boxes`.
+        scale_clamp: as for :func:`decode_boxes`.
+        threshold: IoU in [0, 1) at which the ramp starts, `MODEL.FREEANCHOR.BBOX_THRESHOLD`.
 
     Returns:
-        Tuple of (S,) int64 cells `j * C + class` in increasing order without repetition, (S,)
-        probabilities in (0, 1], and (M,) the highest IoU of any predicted box with each object.
+        Tuple of (S,) int64 cells `(n * R + j) * C + class` in increasing order without repetition,
+        (S,) probabilities in (0, 1], and (M,) the highest IoU of any predicted box with each
+        object, or 0 if it is not above the threshold.
     """
+    dtype = gt_boxes.dtype
+    flat_anchors = torch.cat([level.reshape(-1, 4) for level in anchors])
+    check_boxes("anchors", flat_anchors)
+    cells, probs, max_ious = [], [], []
+    for n, (gt, classes) in enumerate(zip(gt_boxes.split(counts), gt_classes.split(counts))):
+        image_deltas = torch.cat([level[n].reshape(-1, 4) for level in deltas]).to(dtype)
+        boxes = decode_boxes(image_deltas, flat_anchors, weights, scale_clamp)
+        cell, prob, max_iou = _box_prob_image(boxes, gt, classes, num_classes, threshold)
+        cells.append(cell + n * len(boxes) * num_classes)
+        probs.append(prob)
+        max_ious.append(max_iou)
+    return torch.cat(cells), torch.cat(probs), torch.cat(max_ious)
+
+
+def _box_prob_image(
+    boxes: Tensor, gt_boxes: Tensor, gt_classes: Tensor, num_classes: int, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`box_prob` of the predicted boxes of one image."""
     cells, probs = [], []
     max_iou = boxes.new_zeros(len(gt_boxes))
     block = max(1, _BLOCK_ELEMENTS // max(1, len(boxes)))
     for start in range(0, len(gt_boxes) if len(boxes) else 0, block):
         objects = slice(start, start + block)
         iou = box_iou(gt_boxes[objects, None], boxes)  # (m, R)
-        max_iou[objects] = iou.amax(dim=1)
+        highest = iou.amax(dim=1)
+        max_iou[objects] = torch.where(highest > threshold, highest, 0)
         i, j = torch.nonzero(iou > threshold, as_tuple=True)
         # Strictly positive: the maximum is at least this IoU, which is above the threshold.
         ramp = max_iou[objects][i] - threshold

@@ -1,17 +1,18 @@
 """The meta-architecture: RetinaNet whose anchors are matched and trained by FreeAnchor."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from .losses import bag_logit, negative_bag_loss, positive_bag_loss
-from .matching import box_prob, decode_boxes, encode_boxes, iou_topk, matched_log_probability
+from .losses import bag_logit, positive_bag_loss
+from .matching import encode_boxes, matched_log_probability
+from .ops import box_prob, iou_topk, negative_bag_loss, take
 
 __all__ = ["FreeAnchor"]
 
@@ -77,8 +78,10 @@ class FreeAnchor(RetinaNet):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        pred_logits, pred_anchor_deltas = self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4]
+        # Views (N, H, W, A, .) of what the head computed, in whatever memory layout.
+        pred_logits, pred_anchor_deltas = (
+            [x.unflatten(1, (-1, depth)).permute(0, 3, 4, 1, 2) for x in levels]
+            for levels, depth in zip(predictions, (self.num_classes, 4))
         )
         anchors = self.anchor_generator(features)
         return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances)
@@ -96,8 +99,9 @@ class FreeAnchor(RetinaNet):
 
         Args:
             anchors: per level, (Hi * Wi * A) anchors, shared by all images.
-            pred_logits: per level, (N, Hi * Wi * A, C) class logits.
-            pred_anchor_deltas: per level, (N, Hi * Wi * A, 4) deltas.
+            pred_logits: per level, (N, Hi * Wi * A, C) class logits, or (N, Hi, Wi, A, C), in any
+                memory layout. The latter makes the search for bags faster.
+            pred_anchor_deltas: per level, (N, Hi * Wi * A, 4) or (N, Hi, Wi, A, 4) deltas.
             gt_instances: N instances with `gt_boxes` and `gt_classes`, possibly none in an image.
 
         Returns:
@@ -106,65 +110,60 @@ class FreeAnchor(RetinaNet):
             gets a gradient and distributed training does not wait for one.
         """
         with torch.autocast(pred_logits[0].device.type, enabled=False):
-            logits = torch.cat(pred_logits, dim=1)  # (N, R, C)
-            deltas = torch.cat(pred_anchor_deltas, dim=1)  # (N, R, 4)
-            dtype = torch.promote_types(deltas.dtype, torch.float32)
-            deltas = deltas.to(dtype)
-            anchor_boxes = Boxes.cat(anchors).tensor.to(dtype)  # (R, 4)
+            transform = self.box2box_transform
+            dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
             gt_boxes = Boxes.cat([x.gt_boxes for x in gt_instances]).tensor.to(dtype)  # (M, 4)
             gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
             counts = [len(x) for x in gt_instances]
-            image = torch.arange(len(counts), device=deltas.device).repeat_interleave(
-                torch.tensor(counts, device=deltas.device), output_size=sum(counts)
-            )[:, None]  # (M, 1)
-
-            bag = iou_topk(anchor_boxes, gt_boxes, self.pre_anchor_topk)  # (M, K)
-            targets = encode_boxes(
-                gt_boxes[:, None], anchor_boxes[bag], self.box2box_transform.weights
+            anchor_levels = [x.tensor.to(dtype) for x in anchors]
+            if type(self.anchor_generator) is DefaultAnchorGenerator:
+                anchor_levels = [
+                    x.view(*logits.shape[1:-1], 4) for x, logits in zip(anchor_levels, pred_logits)
+                ]
+            bag = iou_topk(anchor_levels, gt_boxes, self.pre_anchor_topk)  # (M, K)
+            cells, prob, max_iou = box_prob(
+                pred_anchor_deltas,
+                anchor_levels,
+                gt_boxes,
+                gt_classes,
+                counts,
+                self.num_classes,
+                transform.weights,
+                transform.scale_clamp,
+                self.bbox_threshold,
             )
+
+            # The others divide the loss of a batch without objects by 1: some 350 times too much.
+            num_objects = max(1, sum(counts))
+            image = torch.arange(len(counts), device=bag.device).repeat_interleave(
+                torch.tensor(counts, device=bag.device), output_size=sum(counts)
+            )
+            row = image[:, None] * sum(len(x) for x in anchors) + bag  # (M, K) of (N, R)
+            negative, bag_logits = negative_bag_loss(
+                pred_logits,
+                cells,
+                prob.to(torch.promote_types(pred_logits[0].dtype, torch.float32)),
+                row * self.num_classes + gt_classes[:, None],
+                self.focal_loss_gamma,
+                (1 - self.focal_loss_alpha) / (self.pre_anchor_topk * num_objects),
+            )
+            coordinate = torch.arange(4, device=bag.device)
+            bag_deltas = take(pred_anchor_deltas, row[..., None] * 4 + coordinate)  # (M, K, 4)
+            bag_anchors = take([x[None] for x in anchor_levels], bag[..., None] * 4 + coordinate)
             log_prob = matched_log_probability(
-                logits[image, bag, gt_classes[:, None]].to(dtype),
-                deltas[image, bag],
-                targets,
+                bag_logits,
+                bag_deltas,
+                encode_boxes(gt_boxes[:, None], bag_anchors, transform.weights),
                 self.bbox_reg_weight,
                 self.smooth_l1_beta,
             )
             positive = positive_bag_loss(log_prob)
 
-            cells, prob, max_iou = self._positive_cells(
-                deltas, anchor_boxes, gt_boxes.split(counts), gt_classes.split(counts)
-            )
-            negative = negative_bag_loss(logits, cells, prob, self.focal_loss_gamma)
-
         self._log_matching(log_prob, positive, max_iou, len(counts))
-        # The others divide the loss of a batch without objects by 1: some 350 times too much.
-        num_objects = max(1, sum(counts))
-        alpha = self.focal_loss_alpha
         return {
-            "loss_positive": positive.sum() * (alpha / num_objects),
-            "loss_negative": negative * ((1 - alpha) / (self.pre_anchor_topk * num_objects)),
+            "loss_positive": positive.sum() * (self.focal_loss_alpha / num_objects),
+            "loss_negative": negative,
         }
-
-    @torch.no_grad()
-    def _positive_cells(
-        self,
-        deltas: Tensor,
-        anchors: Tensor,
-        gt_boxes: Sequence[Tensor],
-        gt_classes: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:func:`box_prob` of all images, with cells as indices into the (N, R, C) logits."""
-        transform = self.box2box_transform
-        boxes = decode_boxes(deltas, anchors, transform.weights, transform.scale_clamp)
-        cells, probs, max_ious = [], [], []
-        for i, (gt, classes) in enumerate(zip(gt_boxes, gt_classes)):
-            cell, prob, max_iou = box_prob(
-                boxes[i], gt, classes, self.num_classes, self.bbox_threshold
-            )
-            cells.append(cell + i * len(anchors) * self.num_classes)
-            probs.append(prob)
-            max_ious.append(max_iou)
-        return torch.cat(cells), torch.cat(probs), torch.cat(max_ious)
 
     @torch.no_grad()
     def _log_matching(

@@ -1,0 +1,64 @@
+// Boxes (x1, y1, x2, y2): the arithmetic of matching.py, operation by operation.
+//
+// Bags are ordered by IoU, and ties are common, so the last bit matters: this must be compiled
+// without contraction of a * b + c (see setup.py).
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cmath>
+
+namespace freeanchor {
+
+template <typename T>
+struct Box {
+  T x1, y1, x2, y2;
+
+  C10_HOST_DEVICE T area() const {
+    return (x2 - x1) * (y2 - y1);
+  }
+};
+
+// matching.box_iou; NaN, which is above no threshold, if a coordinate is NaN.
+template <typename T>
+C10_HOST_DEVICE inline T box_iou(const Box<T>& a, const Box<T>& b) {
+  T width = (a.x2 < b.x2 ? a.x2 : b.x2) - (a.x1 > b.x1 ? a.x1 : b.x1);
+  T height = (a.y2 < b.y2 ? a.y2 : b.y2) - (a.y1 > b.y1 ? a.y1 : b.y1);
+  width = width > 0 ? width : 0;
+  height = height > 0 ? height : 0;
+  const T inter = width * height;
+  const T iou = inter / (a.area() + b.area() - inter);
+  return inter > 0 ? iou : 0;
+}
+
+// Squared distance of the centres, times 4: the order of tied anchors in matching.iou_topk.
+template <typename T>
+C10_HOST_DEVICE inline T centre_distance(const Box<T>& anchor, const Box<T>& box) {
+  const T x = (anchor.x1 - box.x1) + (anchor.x2 - box.x2);
+  const T y = (anchor.y1 - box.y1) + (anchor.y2 - box.y2);
+  return x * x + y * y;
+}
+
+// matching.decode_boxes along one axis, for a delta that was divided by its weight: the centre, and
+// half of the size.
+template <typename T>
+C10_HOST_DEVICE inline T decode_centre(T delta, T low, T high) {
+  const T size = high - low;
+  return low + T(0.5) * size + delta * size;
+}
+
+template <typename T>
+C10_HOST_DEVICE inline T decode_half(T delta, T low, T high, T scale_clamp) {
+  return T(0.5) * std::exp(delta > scale_clamp ? scale_clamp : delta) * (high - low);
+}
+
+template <typename T>
+C10_HOST_DEVICE inline Box<T> decode_box(const T delta[4], const Box<T>& anchor, T scale_clamp) {
+  const T x = decode_centre(delta[0], anchor.x1, anchor.x2);
+  const T y = decode_centre(delta[1], anchor.y1, anchor.y2);
+  const T half_width = decode_half(delta[2], anchor.x1, anchor.x2, scale_clamp);
+  const T half_height = decode_half(delta[3], anchor.y1, anchor.y2, scale_clamp);
+  return {x - half_width, y - half_height, x + half_width, y + half_height};
+}
+
+} // namespace freeanchor
