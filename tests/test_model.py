@@ -15,9 +15,14 @@ from conftest import instances, quick_cfg
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from freeanchor import FreeAnchor, matching
+from freeanchor import losses as losses_module
+from torch import is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GOLDEN = sorted((Path(__file__).parent / "data").glob("*.npz"))
 FEATURES = [torch.zeros(1, 1, 8 >> i or 1, 8 >> i or 1) for i in range(5)]  # of 64 x 64 pixels
@@ -252,6 +257,85 @@ def test_many_objects(model):
         for i in range(0, 1000, 250)
     ]
     torch.testing.assert_close(losses["loss_positive"], torch.stack(positives).mean())
+
+
+class _NewTensors(TorchDispatchMode):
+    """Notes the sizes of tensors with memory of their own that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)
+        }
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                self.sizes.append(x.numel())
+        return result
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_class_logits_are_not_copied(cfg, memory_format, monkeypatch):
+    """Of the size of a level's logits there is one new tensor in a training step: its gradient."""
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    model = build_model(cfg)
+    features = [torch.zeros(2, 1, 40 >> i or 1, 40 >> i or 1) for i in range(5)]
+    logits, deltas = (
+        [torch.randn(2, 9 * depth, *x.shape[2:]).to(memory_format=memory_format) for x in features]
+        for depth in (80, 4)
+    )
+    leaves = [x.requires_grad_() for x in logits + deltas]
+    targets = [instances([[8.0, 8.0, 40.0, 30.0]], [1]), instances([], [])]
+    monkeypatch.setattr(losses_module, "_CHUNK_CPU", 1 << 12)  # of the reference
+    with _NewTensors() as new:
+        losses = model.forward_training(None, features, [logits, deltas], targets)
+        grads = torch.autograd.grad(sum(losses.values()), leaves)
+    assert [x.stride() for x in grads] == [x.stride() for x in leaves]
+    assert [size for size in new.sizes if size >= logits[0].numel() // 2] == [logits[0].numel()]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_raw_and_flattened_predictions_give_the_same(model, memory_format):
+    """What the head computed, as it is, and as `_transpose_dense_predictions` flattens it."""
+    raw = [
+        [
+            torch.randn(2, 9 * depth, *x.shape[2:]).to(memory_format=memory_format).requires_grad_()
+            for x in FEATURES
+        ]
+        for depth in (3, 4)
+    ]
+    targets = [instances([[8.0, 8.0, 40.0, 30.0]] * 2, [1, 1]), instances([], [])]
+    losses = model.forward_training(None, FEATURES, raw, targets)
+    flat = model._transpose_dense_predictions(raw, [3, 4])
+    expected = model.losses(model.anchor_generator(FEATURES), *flat, targets)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradients(losses, *raw[0], *raw[1]), gradients(expected, *raw[0], *raw[1])
+    )
+
+
+def test_other_anchor_generators_are_searched_exhaustively(model):
+    """A generator that is not Detectron2's may make anchors that are no grid."""
+
+    class Shuffled(DefaultAnchorGenerator):
+        def forward(self, features):
+            return [boxes[torch.randperm(len(boxes))] for boxes in super().forward(features)]
+
+    model.anchor_generator = Shuffled(
+        sizes=[[32], [64], [128], [256], [512]],
+        aspect_ratios=[[0.5, 1.0, 2.0]],
+        strides=[8, 16, 32, 64, 128],
+    )
+    raw = [
+        [torch.randn(1, 3 * depth, *x.shape[2:]).requires_grad_() for x in FEATURES]
+        for depth in (3, 4)
+    ]
+    losses = model.forward_training(None, FEATURES, raw, [instances([[8.0, 8.0, 40.0, 30.0]], [1])])
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_what_is_logged(model, storage):

@@ -102,7 +102,7 @@ def negative_bag_loss(
             total += p.mul_(nll).sum(dtype=torch.float64)
     # The few cells with P{a in A+} > 0 were counted as plain background: put them right. They may
     # be nearly all of the sum, hence float64.
-    x = take(logits, cells)
+    x = take(logits, cells, "cells")
     p, _, nll = _background(x)
     q, not_q, nll_q = _background(x, prob)
     total += (q.pow(gamma) * nll_q).sum(dtype=torch.float64)
@@ -112,7 +112,7 @@ def negative_bag_loss(
     if grads:
         for grad, here, position in locate(grads, cells):
             grad[position] = slope[here].to(grad.dtype)
-    return (total * scale).to(dtype), take(logits, bag)
+    return (total * scale).to(dtype), take(logits, bag, "bag")
 
 
 def _background(x: Tensor, prob: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,24 +27,10 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 20
 
 
-def check_boxes(name: str, boxes: Tensor) -> None:
-    """Refuse what is not an (M, 4) tensor of boxes, which may lack width or height.
-
-    Raises:
-        ValueError: a wrong shape or dtype, a coordinate that is not finite, an inverted box.
-    """
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name} must be (M, 4), got {list(boxes.shape)}")
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {boxes.dtype}")
+def _check_boxes(name: str, boxes: Tensor) -> None:
     size = boxes[:, 2:] - boxes[:, :2]  # NaN or inf if a coordinate is
-    low, high = torch.stack(size.aminmax()).tolist() if len(boxes) else (0, 0)
-    if not 0 <= low <= high < math.inf:
-        i = int((~((size >= 0) & (size < math.inf))).any(dim=1).nonzero()[0])
-        raise ValueError(
-            f"{name} must have finite coordinates with x1 <= x2 and y1 <= y2, got "
-            f"{boxes[i].tolist()} at {i}"
-        )
+    if not bool(((size >= 0) & (size < math.inf)).all()):
+        raise ValueError(f"{name} must have finite coordinates with x1 <= x2 and y1 <= y2")
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -122,18 +108,22 @@ def count_anchors(levels: Sequence[Tensor]) -> int:
 
 
 @torch.no_grad()
-def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
+def take(levels: Sequence[Tensor], index: Tensor, name: str = "index") -> Tensor:
     """Elements of the levels: `torch.take` of the (N, R, D) tensor that they stand for.
 
     Args:
         levels: L tensors (N, ..., D), see the top of this module.
         index: int64 indices into N * R * D elements, of any shape.
+        name: what the index is called in an error.
 
     Returns:
         The elements, of the shape of `index`, in float32 or better.
+
+    Raises:
+        ValueError: an index is out of range.
     """
     out = levels[0].new_zeros(index.shape, dtype=torch.promote_types(levels[0].dtype, torch.float))
-    for level, here, position in locate(levels, index):
+    for level, here, position in locate(levels, index, name):
         out[here] = level[position].to(out.dtype)
     return out
 
@@ -157,11 +147,18 @@ def put_(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor
 
 
 def locate(
-    levels: Sequence[Tensor], index: Tensor
+    levels: Sequence[Tensor], index: Tensor, name: str = "index"
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Give each level, which of the indices are its own, and their positions in it."""
+    """Give each level, which of the indices are its own, and their positions in it.
+
+    Raises:
+        ValueError: an index is out of range.
+    """
     if index.numel() == 0:
         return
+    size = len(levels[0]) * count_anchors(levels) * levels[0].shape[-1]
+    if not bool(((index >= 0) & (index < size)).all()):
+        raise ValueError(f"{name} must be in [0, {size})")
     row = index // levels[0].shape[-1]
     d = index % levels[0].shape[-1]
     image = row // count_anchors(levels)
@@ -195,9 +192,13 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
 
     Returns:
         (M, min(k, R)) int64 indices into the anchors of all levels, in the order above.
+
+    Raises:
+        ValueError: boxes that are not finite or inverted.
     """
     flat = torch.cat([level.reshape(-1, 4) for level in anchors])
-    check_boxes("anchors", flat)
+    _check_boxes("gt_boxes", gt_boxes)
+    _check_boxes("anchors", flat)
     k = min(k, len(flat))
     if k == 0 or len(gt_boxes) == 0:
         return torch.zeros((len(gt_boxes), k), dtype=torch.int64, device=gt_boxes.device)
@@ -285,10 +286,16 @@ def box_prob(
         Tuple of (S,) int64 cells `(n * R + j) * C + class` in increasing order without repetition,
         (S,) probabilities in (0, 1], and (M,) the highest IoU of any predicted box with each
         object, or 0 if it is not above the threshold.
+
+    Raises:
+        ValueError: boxes that are not finite or inverted, or classes out of range.
     """
     dtype = gt_boxes.dtype
     flat_anchors = torch.cat([level.reshape(-1, 4) for level in anchors])
-    check_boxes("anchors", flat_anchors)
+    _check_boxes("gt_boxes", gt_boxes)
+    _check_boxes("anchors", flat_anchors)
+    if not bool(((gt_classes >= 0) & (gt_classes < num_classes)).all()):
+        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {gt_classes.tolist()}")
     cells, probs, max_ious = [], [], []
     for n, (gt, classes) in enumerate(zip(gt_boxes.split(counts), gt_classes.split(counts))):
         image_deltas = torch.cat([level[n].reshape(-1, 4) for level in deltas]).to(dtype)

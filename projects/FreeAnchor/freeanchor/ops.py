@@ -1,7 +1,8 @@
 """The operators of FreeAnchor: checks, dispatch, shapes and gradients.
 
 Each is a schema in the namespace `freeanchor`, with the readable function of `matching` or `losses`
-as its reference. The C++ and CUDA kernels of `csrc`, where they are built, take precedence.
+as its reference. The C++ and CUDA kernels of `csrc`, where they are built, take precedence. Shapes
+and dtypes are checked here; values by whoever reads them, the kernel or the reference.
 """
 
 import functools
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import losses, matching
-from .matching import check_boxes, count_anchors
 
 __all__ = ["box_prob", "iou_topk", "negative_bag_loss", "take"]
 
@@ -99,7 +99,7 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_boxes("gt_boxes", gt_boxes)
+    _check_boxes("gt_boxes", gt_boxes)
     _check_anchors(anchors, gt_boxes)
     bags: Tensor = _iou_topk(anchors, gt_boxes, k)
     return bags
@@ -130,7 +130,7 @@ def box_prob(
     """
     deltas = [level.detach() for level in deltas]
     _check_levels("deltas", deltas, 4)
-    check_boxes("gt_boxes", gt_boxes)
+    _check_boxes("gt_boxes", gt_boxes)
     _check_anchors(anchors, gt_boxes)
     _check_like("deltas", deltas[0], gt_boxes, None)
     _check_like("gt_classes", gt_classes, gt_boxes, torch.int64)
@@ -144,8 +144,6 @@ def box_prob(
             f"gt_classes and counts must be those of {len(gt_boxes)} gt_boxes, got "
             f"{len(gt_classes)} and {list(counts)}"
         )
-    if not bool(((gt_classes >= 0) & (gt_classes < num_classes)).all()):
-        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {gt_classes.tolist()}")
     if len(weights) != 4 or not all(weight > 0 for weight in weights):
         raise ValueError(f"weights must be 4 positive numbers, got {list(weights)}")
     if not 0 <= threshold < 1:
@@ -183,7 +181,7 @@ def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
         ValueError: a wrong shape, dtype or device, or an index out of range.
     """
     _check_levels("levels", levels)
-    _check_index("index", index, levels)
+    _check_like("index", index, levels[0], torch.int64)
     elements: Tensor = _take(levels, index)
     return elements
 
@@ -235,8 +233,8 @@ def negative_bag_loss(
         ValueError: a wrong shape, dtype or device, an index out of range, or gamma < 1.
     """
     _check_levels("logits", logits)
-    _check_index("cells", cells, logits)
-    _check_index("bag", bag, logits)
+    _check_like("cells", cells, logits[0], torch.int64)
+    _check_like("bag", bag, logits[0], torch.int64)
     _check_like("prob", prob, cells, _at_least_float32(logits))
     if prob.shape != cells.shape or cells.dim() != 1:
         raise ValueError(f"cells and prob must be (S,), got {[*cells.shape]} and {[*prob.shape]}")
@@ -346,16 +344,6 @@ def _check_like(name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype | N
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
-def _check_index(name: str, index: Tensor, levels: Sequence[Tensor]) -> None:
-    _check_like(name, index, levels[0], torch.int64)
-    size = len(levels[0]) * count_anchors(levels) * levels[0].shape[-1]
-    # The CUDA kernels assert it: a check here would wait for the device.
-    if index.device.type == "cpu" and index.numel():
-        low, high = index.aminmax()
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} must be in [0, {size}), got {int(low)} to {int(high)}")
-
-
 def _check_anchors(anchors: Sequence[Tensor], gt_boxes: Tensor) -> None:
     if len(anchors) == 0:
         raise ValueError("anchors must have a tensor for each level, got none")
@@ -365,5 +353,10 @@ def _check_anchors(anchors: Sequence[Tensor], gt_boxes: Tensor) -> None:
                 f"anchors[{i}] must be (R, 4), or (H, W, A, 4) for a grid, got {list(level.shape)}"
             )
         _check_like(f"anchors[{i}]", level, gt_boxes, gt_boxes.dtype)
-        if level.dim() == 2:  # a grid is checked where it is read: its first row and column
-            check_boxes(f"anchors[{i}]", level)
+
+
+def _check_boxes(name: str, boxes: Tensor) -> None:
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name} must be (M, 4), got {list(boxes.shape)}")
+    if boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {boxes.dtype}")

@@ -66,7 +66,7 @@ struct Levels {
       if (index == next && index < end) {
         element += step;
       } else {
-        TORCH_CHECK_INDEX(
+        TORCH_CHECK_VALUE(
             0 <= index && index < size(), name, " must be in [0, ", size(), "), got ", index);
         element = &(*this)[index];
         step = level_of(index / depth % anchors).stride[4];
@@ -77,12 +77,6 @@ struct Levels {
     }
   }
 };
-
-// The dtype of results: float32 or better.
-inline at::ScalarType compute_dtype(const char* name, at::TensorList tensors) {
-  TORCH_CHECK(!tensors.empty(), name, " must have a tensor for each level, got none");
-  return at::promote_types(tensors[0].scalar_type(), at::kFloat);
-}
 
 // Views the tensors of an argument as Levels, as far as memory safety needs it: ops.py has checked
 // the rest, with messages for users.
@@ -120,20 +114,6 @@ Levels<scalar_t> view_levels(const char* name, at::TensorList tensors) {
     levels.anchors += level.anchors;
   }
   return levels;
-}
-
-// For kernels that go through all elements in the order of memory, and do not care which is which.
-inline void check_dense(at::TensorList logits, at::TensorList grads) {
-  TORCH_CHECK(grads.empty() || grads.size() == logits.size(), "grads must be those of logits");
-  for (size_t l = 0; l < logits.size(); ++l) {
-    TORCH_CHECK(logits[l].is_non_overlapping_and_dense(), "logits must have no gaps in memory");
-    TORCH_CHECK(
-        grads.empty() ||
-            (grads[l].sizes() == logits[l].sizes() && grads[l].strides() == logits[l].strides() &&
-             grads[l].scalar_type() == logits[l].scalar_type() &&
-             grads[l].device() == logits[l].device()),
-        "grads must be of the shape, strides, dtype and device of logits");
-  }
 }
 
 } // namespace freeanchor

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../box_iou.h"
+#include "../checks.h"
 #include "../levels.h"
 
 namespace freeanchor {
@@ -273,6 +274,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> box_prob(
           gt_boxes.size(0) == total && gt_boxes.size(1) == 4 && gt_classes.numel() == total,
       "counts must be those of gt_boxes and gt_classes, per image of deltas");
   TORCH_CHECK(weights.size() == 4, "weights must be 4 numbers");
+  check_boxes("gt_boxes", gt_boxes);
+  check_classes(gt_classes, num_classes);
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, deltas[0].scalar_type(), "box_prob", [&] {

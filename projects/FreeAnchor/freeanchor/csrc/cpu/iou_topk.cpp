@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../box_iou.h"
+#include "../checks.h"
 #include "simd.h"
 
 namespace freeanchor {
@@ -121,10 +122,14 @@ class Best {
 // The coordinates along one axis of the anchors of a grid with one index a.
 template <typename T>
 struct Axis {
-  std::vector<T> low, high;
+  T *low, *high;
+  int64_t count;
   double min_size = std::numeric_limits<double>::infinity(), max_size = 0, per_step = 0;
 
-  Axis(const T* corners, int64_t stride, int64_t count) : low(count), high(count) {
+  // Copies 2 * count coordinates to `memory`, from where they are far apart, and goes past them.
+  Axis(const T* corners, int64_t stride, int64_t count, T*& memory)
+      : low(memory), high(memory + count), count(count) {
+    memory += 2 * count;
     bool valid = true;
     for (int64_t i = 0; i < count; ++i) {
       low[i] = corners[i * stride];
@@ -142,10 +147,6 @@ struct Axis {
     per_step = range > 0 ? (count - 1) / range : 0;
   }
 
-  int64_t count() const {
-    return low.size();
-  }
-
   double centre(int64_t i) const { // twice the centre
     return double(low[i]) + high[i];
   }
@@ -153,11 +154,11 @@ struct Axis {
   // The first position whose centre is not below `value`: a guess, put right step by step.
   int64_t lower_bound(double value) const {
     const double guess = (value - centre(0)) * per_step;
-    int64_t i = guess > 0 ? static_cast<int64_t>(std::min(guess, double(count() - 1))) : 0;
+    int64_t i = guess > 0 ? static_cast<int64_t>(std::min(guess, double(count - 1))) : 0;
     while (i > 0 && centre(i - 1) >= value) {
       --i;
     }
-    while (i < count() && centre(i) < value) {
+    while (i < count && centre(i) < value) {
       ++i;
     }
     return i;
@@ -170,7 +171,7 @@ struct Axis {
     const double twice = double(a) + b;
     const int64_t begin = lower_bound(twice - limit);
     int64_t end = begin;
-    while (end < count() && centre(end) <= twice + limit) {
+    while (end < count && centre(end) <= twice + limit) {
       ++end;
     }
     return {begin, end};
@@ -184,7 +185,7 @@ struct Shape {
   int64_t first, per_cell;
 
   int64_t index(int64_t row, int64_t column) const {
-    return first + (row * x.count() + column) * per_cell;
+    return first + (row * x.count + column) * per_cell;
   }
 
   // Upper bound of the IoU with a box.
@@ -197,21 +198,28 @@ struct Shape {
 };
 
 template <typename T>
-std::vector<Shape<T>> load_shapes(const std::vector<at::Tensor>& levels) {
+std::vector<Shape<T>> load_shapes(
+    const std::vector<at::Tensor>& levels, std::vector<T>& coordinates) {
   std::vector<Shape<T>> shapes;
-  int64_t first = 0;
+  int64_t size = 0, first = 0;
+  for (const at::Tensor& level : levels) {
+    size += 2 * (level.size(0) + level.size(1)) * level.size(2);
+  }
+  coordinates.resize(size);
+  T* memory = coordinates.data();
   for (const at::Tensor& level : levels) {
     const int64_t height = level.size(0), width = level.size(1), per_cell = level.size(2);
     for (int64_t a = 0; a < per_cell && level.numel() > 0; ++a) {
       const T* corner = level.const_data_ptr<T>() + 4 * a;
-      Axis<T> x(corner, 4 * per_cell, width), y(corner + 1, 4 * per_cell * width, height);
+      const Axis<T> x(corner, 4 * per_cell, width, memory);
+      const Axis<T> y(corner + 1, 4 * per_cell * width, height, memory);
       const T* last = corner + level.numel() - 4 * per_cell;
       TORCH_CHECK_VALUE(
-          last[0] == x.low.back() && last[2] == x.high.back() &&
-              last[1] == y.low.back() && last[3] == y.high.back(),
+          last[0] == x.low[width - 1] && last[2] == x.high[width - 1] &&
+              last[1] == y.low[height - 1] && last[3] == y.high[height - 1],
           "anchors of the form (H, W, A, 4) must be grids: x depends on the column only, y on the "
           "row");
-      shapes.push_back({std::move(x), std::move(y), first + a, per_cell});
+      shapes.push_back({x, y, first + a, per_cell});
     }
     first += level.numel() / 4;
   }
@@ -351,25 +359,35 @@ void search_all(
   }
 }
 
-// Writes the bags of some objects.
+// Writes the bag of an object that was searched for.
+template <typename T>
+void write_bag(
+    const std::vector<at::Tensor>& levels, const Box<T>& box, Best<T>& best, int64_t k,
+    int64_t* bag) {
+  if (best.size() < k) {
+    // Anchors that do not overlap the object fill its bag, the nearest first.
+    search_all(levels, &box, 1, T(0), &best);
+    TORCH_CHECK_VALUE(best.size() >= k, "gt_boxes and anchors must have finite coordinates");
+  }
+  best.write(bag);
+}
+
 template <typename T>
 void search(
-    const std::vector<at::Tensor>& levels, const std::vector<Shape<T>>& shapes,
-    const Box<T>* boxes, int64_t count, Best<T>* best, int64_t k, int64_t* bags) {
-  if (!shapes.empty()) {
+    const std::vector<at::Tensor>& levels, const std::vector<Shape<T>>& shapes, const Box<T>* boxes,
+    int64_t begin, int64_t end, int64_t k, int64_t* bags) {
+  const int64_t together = shapes.empty() ? std::min(kObjects, end - begin) : 1;
+  std::vector<Best<T>> best(together, Best<T>(k));
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t count = std::min(together, end - first);
+    if (shapes.empty()) {
+      search_all(levels, boxes + first, count, std::numeric_limits<T>::min(), best.data());
+    } else {
+      search_grids(shapes, boxes[first], best[0]);
+    }
     for (int64_t i = 0; i < count; ++i) {
-      search_grids(shapes, boxes[i], best[i]);
+      write_bag(levels, boxes[first + i], best[i], k, bags + (first + i) * k);
     }
-  } else {
-    search_all(levels, boxes, count, std::numeric_limits<T>::min(), best);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (best[i].size() < k) {
-      // Anchors that do not overlap the object fill its bag, the nearest first.
-      search_all(levels, boxes + i, 1, T(0), best + i);
-    }
-    TORCH_CHECK_VALUE(best[i].size() >= k, "gt_boxes and anchors must have finite coordinates");
-    best[i].write(bags + i * k);
   }
 }
 
@@ -378,6 +396,7 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
   TORCH_CHECK(
       gt_boxes.dim() == 2 && gt_boxes.size(1) == 4, "gt_boxes must be (M, 4), got ",
       gt_boxes.sizes());
+  check_boxes("gt_boxes", gt_boxes);
   std::vector<at::Tensor> levels;
   int64_t count = 0;
   for (const at::Tensor& level : anchors) {
@@ -385,6 +404,9 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
         (level.dim() == 2 || level.dim() == 4) && level.size(-1) == 4 &&
             level.scalar_type() == gt_boxes.scalar_type() && level.is_cpu(),
         "anchors must be (R, 4) or (H, W, A, 4), of the dtype and device of gt_boxes");
+    if (level.dim() == 2) {
+      check_boxes("anchors", level);
+    }
     levels.push_back(level.contiguous());
     count += level.numel() / 4;
   }
@@ -397,16 +419,16 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
   AT_DISPATCH_FLOATING_TYPES(gt_boxes.scalar_type(), "iou_topk", [&] {
     const bool grids = std::all_of(
         levels.begin(), levels.end(), [](const at::Tensor& level) { return level.dim() == 4; });
-    const auto shapes = grids ? load_shapes<scalar_t>(levels) : std::vector<Shape<scalar_t>>();
+    std::vector<scalar_t> coordinates;
+    std::vector<Shape<scalar_t>> shapes;
+    if (grids) {
+      shapes = load_shapes<scalar_t>(levels, coordinates);
+    }
     const auto* boxes = reinterpret_cast<const Box<scalar_t>*>(boxes_c.const_data_ptr<scalar_t>());
     int64_t* out = bags.mutable_data_ptr<int64_t>();
     k = bags.size(1);
     at::parallel_for(0, bags.size(0), 4, [&](int64_t begin, int64_t end) {
-      const int64_t step = std::min(kObjects, end - begin);
-      std::vector<Best<scalar_t>> best(step, Best<scalar_t>(k));
-      for (int64_t i = begin; i < end; i += step) {
-        search(levels, shapes, boxes + i, std::min(step, end - i), best.data(), k, out + i * k);
-      }
+      search(levels, shapes, boxes, begin, end, k, out);
     });
   });
   return bags;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../checks.h"
 #include "../levels.h"
 #include "simd.h"
 

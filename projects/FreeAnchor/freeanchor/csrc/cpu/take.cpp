@@ -2,6 +2,7 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include "../checks.h"
 #include "../levels.h"
 
 namespace freeanchor {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../box_iou.h"
+#include "../checks.h"
 #include "../levels.h"
 #include "launch.cuh"
 
@@ -206,6 +207,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> box_prob(
           gt_classes.numel() == begin.back(),
       "counts must be those of gt_boxes and gt_classes, per image of deltas");
   TORCH_CHECK(weights.size() == 4, "weights must be 4 numbers");
+  check_boxes("gt_boxes", gt_boxes);
+  check_classes(gt_classes, num_classes);
   const at::Tensor boxes = gt_boxes.contiguous(), classes = gt_classes.contiguous();
   const auto to_device = [&](const std::vector<int64_t>& values) {
     return at::tensor(values, at::kLong).to(boxes.device(), at::kLong, /*non_blocking=*/true);

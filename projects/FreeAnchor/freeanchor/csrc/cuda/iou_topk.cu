@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../box_iou.h"
+#include "../checks.h"
 #include "../levels.h"
 #include "launch.cuh"
 
@@ -418,6 +419,7 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
       anchors.size() <= kMaxLevels, "anchors may have ", kMaxLevels, " levels, got ",
       anchors.size());
   const c10::cuda::CUDAGuard guard(gt_boxes.device());
+  check_boxes("gt_boxes", gt_boxes);
   std::vector<at::Tensor> levels;
   int64_t count = 0;
   for (const at::Tensor& level : anchors) {
@@ -426,6 +428,9 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
             level.scalar_type() == gt_boxes.scalar_type(),
         "anchors must be (R, 4) or (H, W, A, 4), of the dtype and device of gt_boxes");
     check_device("anchors", level, gt_boxes);
+    if (level.dim() == 2) {
+      check_boxes("anchors", level);
+    }
     levels.push_back(level.contiguous());
     count += level.numel() / 4;
   }

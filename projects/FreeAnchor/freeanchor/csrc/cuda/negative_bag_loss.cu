@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../checks.h"
 #include "dense.cuh"
 
 namespace freeanchor {

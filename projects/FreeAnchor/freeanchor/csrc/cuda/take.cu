@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../checks.h"
 #include "dense.cuh"
 
 namespace freeanchor {
