@@ -14,11 +14,17 @@ DETECTRON2 := pb1-detectron2==0.6 \
 
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint
+# PyTorch takes the folder above that of nvcc for CUDA's, which is wrong where nvcc is a wrapper.
+ifneq ($(shell command -v nvcc),)
+export CUDA_HOME ?= $(realpath $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$$ TOP=//p'))
+endif
+
+.PHONY: help setup demo test lint cuda
 help:
 	@echo "make setup   a private environment in $(VENV), with PyTorch and Detectron2"
 	@echo "make demo    train on the embedded data set, evaluate, draw the detections"
 	@echo "make test    run the tests"
+	@echo "make cuda    compile the CUDA kernels, also where there is no GPU"
 	@echo "make lint    check style and types"
 
 setup: $(VENV)/.package
@@ -64,9 +70,17 @@ detectron2:
 	@$(PIP) install --force-reinstall --no-deps $(SRC)/dist/*.whl \
 	|| $(call fail,could not install Detectron2: run make again)
 
-$(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml
+# With the C++ operators, and those for CUDA where there are nvcc and a GPU or FORCE_CUDA=1.
+CSRC := $(wildcard projects/FreeAnchor/freeanchor/csrc/*.* projects/FreeAnchor/freeanchor/csrc/*/*)
+$(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml $(CSRC)
 	@$(PIP) install --no-deps --no-build-isolation -e . || $(call fail,could not install freeanchor)
 	@touch $@
+
+# Elsewhere than where the package is, which keeps what setup has built.
+cuda: setup
+	@FORCE_CUDA=1 $(PY) setup.py -q build_ext --build-temp build/cuda/temp --build-lib build/cuda \
+	|| $(call fail,could not compile the CUDA kernels)
+	@$(PY) -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda/freeanchor/_C*"))'
 
 demo: setup
 	@$(PY) -m freeanchor.shapes $(DEMO)/data
@@ -81,6 +95,8 @@ demo: setup
 
 test: setup
 	@$(PY) -m pytest
+	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/test_ops.py tests/test_losses.py \
+	tests/test_matching.py tests/test_model.py
 
 lint: setup
 	@$(PY) -m ruff check

@@ -1,10 +1,12 @@
 """The extension module. All else is in setup.cfg.
 
 Without PyTorch in the build environment (`pip install` isolates builds unless it is told not to)
-there is no extension, and FreeAnchor runs on the PyTorch reference of its operators.
+there is no extension, and FreeAnchor runs on the PyTorch reference of its operators. The CUDA
+kernels are built where there are nvcc and a GPU; FORCE_CUDA=1 or 0 decides otherwise.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -18,9 +20,8 @@ except ImportError:
     print("freeanchor: PyTorch is not in the build environment, so no extension is built")
     setup()
 else:
-    cuda = os.environ.get("FORCE_CUDA") == "1" or (
-        torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    )
+    cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
+    cuda = {"0": False, "1": True}.get(os.environ.get("FORCE_CUDA", ""), cuda)
     extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     sources = [
         CSRC / "module.cpp",
@@ -29,9 +30,11 @@ else:
     ]
     # Contraction of a * b + c would change the last bit of IoUs, and with it the order of ties.
     flags = {
-        "cxx": ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+        "cxx": ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
         "nvcc": ["-O3", "--fmad=false"],
     }
+    if sys.platform == "linux":
+        flags["cxx"].append("-fopenmp")  # PyTorch's own threads, at::parallel_for
     setup(
         ext_modules=[
             extension(
@@ -39,6 +42,7 @@ else:
                 sorted(map(str, sources)),
                 py_limited_api=True,
                 extra_compile_args=flags,
+                depends=sorted(map(str, [*CSRC.glob("**/*.h"), *CSRC.glob("**/*.cuh")])),
             )
         ],
         cmdclass={"build_ext": cpp_extension.BuildExtension},

@@ -267,14 +267,16 @@ class _NewTensors(TorchDispatchMode):
         self.sizes = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {
-            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)
-        }
+        known = {x.untyped_storage().data_ptr() for x in _with_memory((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+        for x in _with_memory(result):
+            if x.untyped_storage().data_ptr() not in known:
                 self.sizes.append(x.numel())
         return result
+
+
+def _with_memory(tree):
+    return [x for x in tree_leaves(tree) if is_tensor(x) and x.device.type != "meta"]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
