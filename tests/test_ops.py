@@ -152,6 +152,16 @@ def test_gradients_of_repeated_backward_passes():
             torch.testing.assert_close(a * 3 + b, c)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scale_of_zero(dtype):
+    """FOCAL_LOSS_ALPHA 1 leaves nothing of the negative loss, but no NaN either."""
+    leaves, cells, prob, bag = negative_case(dtype)
+    loss, _ = ops.negative_bag_loss(raw(leaves), cells, prob, bag, 2.0, 0.0)
+    loss.backward()
+    assert loss == 0
+    assert all(not x.grad.any() for x in leaves)
+
+
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     """Evaluating the loss takes no memory for gradients."""
     leaves, cells, prob, bag = negative_case()
@@ -604,6 +614,7 @@ def test_iou_topk_refuses_grids_that_are_none():
         ("gt_classes", {"gt_classes": torch.tensor([0.0, 1.0])}),
         ("gt_classes", {"gt_classes": torch.tensor([0])}),
         ("counts", {"counts": [1, 1]}),
+        ("counts", {"counts": [-2]}),
         ("gt_classes and counts", {"counts": [3]}),
         ("weights", {"weights": (1.0, 1.0)}),
         ("weights", {"weights": (1.0, 1.0, 0.0, 1.0)}),

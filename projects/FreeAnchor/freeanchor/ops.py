@@ -134,12 +134,14 @@ def box_prob(
     _check_anchors(anchors, gt_boxes)
     _check_like("deltas", deltas[0], gt_boxes, None)
     _check_like("gt_classes", gt_classes, gt_boxes, torch.int64)
-    if [len(level) for level in deltas] != [len(counts)] * len(deltas):
-        raise ValueError(f"counts must have one number per image of deltas, got {list(counts)}")
+    if len(deltas[0]) != len(counts) or any(count < 0 for count in counts):
+        raise ValueError(
+            f"counts must be a number for each of {len(deltas[0])} images, got {list(counts)}"
+        )
     shapes = [math.prod(level.shape[1:-1]) for level in deltas]
     if shapes != [level.numel() // 4 for level in anchors]:
         raise ValueError("deltas and anchors must have as many anchors in each level")
-    if gt_classes.shape != gt_boxes.shape[:1] or sum(counts) != len(gt_boxes) or min(counts) < 0:
+    if gt_classes.shape != gt_boxes.shape[:1] or sum(counts) != len(gt_boxes):
         raise ValueError(
             f"gt_classes and counts must be those of {len(gt_boxes)} gt_boxes, got "
             f"{len(gt_classes)} and {list(counts)}"
@@ -294,7 +296,9 @@ class _NegativeBagLoss(torch.autograd.Function):
             grads, ctx.grads = ctx.grads, None
             if grads is None:
                 grads = _with_grads(logits, cells, prob, bag, *ctx.constants)[2]
-            factor = grad_loss * (ctx.constants[1] / _grad_scale(logits, ctx.constants[1]))
+            _, scale = ctx.constants
+            stored = _grad_scale(logits, scale)
+            factor = grad_loss if stored == scale else grad_loss * (scale / stored)
         if grad_bag is None:
             bag, grad_bag = bag.flatten()[:0], prob[:0]
         _put_(grads, bag, grad_bag, factor)
