@@ -30,7 +30,7 @@ else:
     ]
     # Contraction of a * b + c would change the last bit of IoUs, and with it the order of ties.
     flags = {
-        "cxx": ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+        "cxx": ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
         "nvcc": ["-O3", "--fmad=false"],
     }
     if sys.platform == "linux":
