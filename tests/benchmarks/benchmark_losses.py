@@ -95,12 +95,17 @@ class Row(NamedTuple):
 
     def cell(self):
         if self.denominator is None:
-            return f"{self.numerator:.3g} {self.unit}"
-        return f"{self.value:.3g}x ({self.numerator:.3g} / {self.denominator:.3g} {self.unit})"
+            return f"{show(self.numerator)} {self.unit}"
+        ratio = f"{show(self.numerator)} / {show(self.denominator)}"
+        return f"{show(self.value)}x ({ratio} {self.unit})"
 
     def meets(self, goal):
         comparison, bound = goal.split()
         return self.value >= float(bound) if comparison == ">=" else self.value <= float(bound)
+
+
+def show(number):
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 class HeadOutputs:
