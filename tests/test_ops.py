@@ -21,7 +21,8 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CLAMP = math.log(1000 / 16)
 ON_REFERENCE = sys.modules.get("freeanchor._C", ...) is None
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))][:3]
-FUZZ = settings(max_examples=2000, deadline=None)
+# The same examples in every run: a rounding next to a threshold must not fail one run of many.
+FUZZ = settings(max_examples=2000, deadline=None, derandomize=True)
 
 fuzzes_the_kernels = pytest.mark.skipif(ON_REFERENCE, reason="there is nothing to compare")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
