@@ -7,6 +7,7 @@
 #include <c10/macros/Macros.h>
 
 #include <cmath>
+#include <cstdint>
 
 namespace freeanchor {
 
@@ -31,13 +32,27 @@ C10_HOST_DEVICE inline T box_iou(const Box<T>& a, const Box<T>& b) {
   return inter > 0 ? iou : 0;
 }
 
-// Squared distance of the centres, times 4: the order of tied anchors in matching.iou_topk.
+// Squared distance of the centres, times 4.
 template <typename T>
 C10_HOST_DEVICE inline T centre_distance(const Box<T>& anchor, const Box<T>& box) {
   const T x = (anchor.x1 - box.x1) + (anchor.x2 - box.x2);
   const T y = (anchor.y1 - box.y1) + (anchor.y2 - box.y2);
   return x * x + y * y;
 }
+
+// An anchor for the bag of an object, in the order of matching.iou_topk.
+template <typename T>
+struct Candidate {
+  T iou, distance;
+  int64_t index;
+
+  C10_HOST_DEVICE bool operator<(const Candidate& other) const { // the better one first
+    if (iou != other.iou) {
+      return iou > other.iou;
+    }
+    return distance != other.distance ? distance < other.distance : index < other.index;
+  }
+};
 
 // matching.decode_boxes along one axis, for a delta that was divided by its weight: the centre, and
 // half of the size.

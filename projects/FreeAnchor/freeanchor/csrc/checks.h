@@ -41,6 +41,37 @@ inline void check_classes(const at::Tensor& gt_classes, int64_t num_classes) {
       "gt_classes must be in [0, ", num_classes, ")");
 }
 
+// The arguments of box_prob. Waits for the device.
+inline void check_box_prob(
+    at::TensorList deltas, at::TensorList anchors, const at::Tensor& gt_boxes,
+    const at::Tensor& gt_classes, at::IntArrayRef counts, int64_t num_classes,
+    at::ArrayRef<double> weights) {
+  TORCH_CHECK(
+      !deltas.empty() && deltas.size() == anchors.size(),
+      "deltas and anchors must have as many levels");
+  for (size_t l = 0; l < anchors.size(); ++l) {
+    TORCH_CHECK(
+        deltas[l].dim() >= 3 && deltas[l].size(-1) == 4 &&
+            deltas[l].numel() == deltas[0].size(0) * anchors[l].numel() &&
+            anchors[l].scalar_type() == gt_boxes.scalar_type() &&
+            anchors[l].device() == deltas[0].device(),
+        "deltas must be (N, ..., 4) and anchors (..., 4) as in deltas, of the dtype of gt_boxes");
+  }
+  int64_t total = 0;
+  for (int64_t count : counts) {
+    TORCH_CHECK(count >= 0, "counts must not be negative");
+    total += count;
+  }
+  TORCH_CHECK(
+      static_cast<int64_t>(counts.size()) == deltas[0].size(0) && gt_boxes.dim() == 2 &&
+          gt_boxes.size(0) == total && gt_boxes.size(1) == 4 && gt_classes.numel() == total &&
+          gt_boxes.device() == deltas[0].device() && gt_classes.device() == deltas[0].device(),
+      "counts must be those of gt_boxes and gt_classes, per image of deltas");
+  TORCH_CHECK(weights.size() == 4, "weights must be 4 numbers");
+  check_boxes("gt_boxes", gt_boxes);
+  check_classes(gt_classes, num_classes);
+}
+
 // For kernels that go through all elements in the order of memory, and do not care which is which.
 inline void check_dense(at::TensorList logits, at::TensorList grads) {
   TORCH_CHECK(grads.empty() || grads.size() == logits.size(), "grads must be those of logits");

@@ -253,29 +253,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> box_prob(
     at::TensorList deltas, at::TensorList anchors, const at::Tensor& gt_boxes,
     const at::Tensor& gt_classes, at::IntArrayRef counts, int64_t num_classes,
     at::ArrayRef<double> weights, double scale_clamp, double threshold) {
-  TORCH_CHECK(
-      !deltas.empty() && deltas.size() == anchors.size(),
-      "deltas and anchors must have as many levels");
+  check_box_prob(deltas, anchors, gt_boxes, gt_classes, counts, num_classes, weights);
   std::vector<at::Tensor> anchor_levels;
-  for (size_t l = 0; l < anchors.size(); ++l) {
-    TORCH_CHECK(
-        deltas[l].dim() >= 3 && deltas[l].size(-1) == 4 && deltas[l].numel() == deltas[0].size(0) * anchors[l].numel() &&
-            anchors[l].scalar_type() == gt_boxes.scalar_type() && anchors[l].is_cpu(),
-        "deltas must be (N, ..., 4) and anchors (..., 4) as in deltas, of the dtype of gt_boxes");
-    anchor_levels.push_back(anchors[l].contiguous());
+  for (const at::Tensor& level : anchors) {
+    anchor_levels.push_back(level.contiguous());
   }
-  int64_t total = 0;
-  for (int64_t count : counts) {
-    TORCH_CHECK(count >= 0, "counts must not be negative");
-    total += count;
-  }
-  TORCH_CHECK(
-      static_cast<int64_t>(counts.size()) == deltas[0].size(0) && gt_boxes.dim() == 2 &&
-          gt_boxes.size(0) == total && gt_boxes.size(1) == 4 && gt_classes.numel() == total,
-      "counts must be those of gt_boxes and gt_classes, per image of deltas");
-  TORCH_CHECK(weights.size() == 4, "weights must be 4 numbers");
-  check_boxes("gt_boxes", gt_boxes);
-  check_classes(gt_classes, num_classes);
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, deltas[0].scalar_type(), "box_prob", [&] {

@@ -28,19 +28,6 @@ constexpr double kSlack = 1e-5;
 constexpr int64_t kBlock = 256;
 constexpr int64_t kObjects = 32;
 
-template <typename T>
-struct Candidate {
-  T iou, distance;
-  int64_t index;
-
-  bool operator<(const Candidate& other) const { // the better one first
-    if (iou != other.iou) {
-      return iou > other.iou;
-    }
-    return distance != other.distance ? distance < other.distance : index < other.index;
-  }
-};
-
 // The best k of the candidates that were offered, and some more.
 template <typename T>
 class Best {

@@ -177,38 +177,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> box_prob(
     at::TensorList deltas, at::TensorList anchors, const at::Tensor& gt_boxes,
     const at::Tensor& gt_classes, at::IntArrayRef counts, int64_t num_classes,
     at::ArrayRef<double> weights, double scale_clamp, double threshold) {
-  TORCH_CHECK(
-      !deltas.empty() && deltas.size() == anchors.size(),
-      "deltas and anchors must have as many levels");
+  check_box_prob(deltas, anchors, gt_boxes, gt_classes, counts, num_classes, weights);
   const c10::cuda::CUDAGuard guard(deltas[0].device());
-  check_device("gt_boxes", gt_boxes, deltas[0]);
-  check_device("gt_classes", gt_classes, deltas[0]);
   std::vector<at::Tensor> anchor_levels;
-  for (size_t l = 0; l < anchors.size(); ++l) {
-    TORCH_CHECK(
-        deltas[l].dim() >= 3 && deltas[l].size(-1) == 4 &&
-            deltas[l].numel() == deltas[0].size(0) * anchors[l].numel() &&
-            anchors[l].scalar_type() == gt_boxes.scalar_type(),
-        "deltas must be (N, ..., 4) and anchors (..., 4) as in deltas, of the dtype of gt_boxes");
-    check_device("anchors", anchors[l], deltas[0]);
-    anchor_levels.push_back(anchors[l].contiguous());
+  for (const at::Tensor& level : anchors) {
+    anchor_levels.push_back(level.contiguous());
   }
   // Of each image, where its objects begin; of each object, the first class of its image if the
   // classes of all images are numbered consecutively.
   std::vector<int64_t> begin{0}, first_class;
   for (int64_t count : counts) {
-    TORCH_CHECK(count >= 0, "counts must not be negative");
     first_class.resize(begin.back() + count, (begin.size() - 1) * num_classes);
     begin.push_back(first_class.size());
   }
-  TORCH_CHECK(
-      static_cast<int64_t>(counts.size()) == deltas[0].size(0) && gt_boxes.dim() == 2 &&
-          gt_boxes.size(0) == begin.back() && gt_boxes.size(1) == 4 &&
-          gt_classes.numel() == begin.back(),
-      "counts must be those of gt_boxes and gt_classes, per image of deltas");
-  TORCH_CHECK(weights.size() == 4, "weights must be 4 numbers");
-  check_boxes("gt_boxes", gt_boxes);
-  check_classes(gt_classes, num_classes);
   const at::Tensor boxes = gt_boxes.contiguous(), classes = gt_classes.contiguous();
   const auto to_device = [&](const std::vector<int64_t>& values) {
     return at::tensor(values, at::kLong).to(boxes.device(), at::kLong, /*non_blocking=*/true);

@@ -30,19 +30,6 @@ constexpr int kStep = 4;
 // Of the candidates; larger ones are in global memory. Every device has this much shared memory.
 constexpr int64_t kMaxSharedBytes = 47 << 10;
 
-template <typename T>
-struct Candidate {
-  T iou, distance;
-  int64_t index;
-
-  __device__ bool operator<(const Candidate& other) const { // the better one first
-    if (iou != other.iou) {
-      return iou > other.iou;
-    }
-    return distance != other.distance ? distance < other.distance : index < other.index;
-  }
-};
-
 // The best k of the candidates that the threads of a block offer. All threads must make all calls.
 template <typename T>
 class Best {
