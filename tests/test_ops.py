@@ -96,7 +96,7 @@ def objects(count, dtype=torch.float32, device="cpu"):
     return boxes.to(device, dtype), (torch.arange(count) % 5).to(device)
 
 
-def negative_case(dtype=torch.float32, layout=None, device="cpu"):
+def negative_case(dtype=torch.float32, device="cpu"):
     """Arguments of the negative loss: some cells with P{a in A+}, and a bag with repetitions."""
     leaves = random_levels(5, dtype, requires_grad=True, device=device)
     size = sum(x.numel() for x in leaves)
@@ -505,7 +505,7 @@ def test_cuda_on_another_stream():
 
 @needs_cuda
 def test_cuda_negative_bag_loss_does_not_wait():
-    """No operator of the loss waits for the device, but box_prob for the size of its result."""
+    """Forward and backward, of the logits and of the bags, without waiting for the device."""
     leaves, cells, prob, bag = negative_case(device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -514,6 +514,7 @@ def test_cuda_negative_bag_loss_does_not_wait():
         (loss + logits.sum() + taken.sum()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(x.grad.isfinite().all() for x in leaves)
 
 
 @needs_cuda

@@ -1,5 +1,5 @@
-// What the kernels check of their arguments: values, and what memory safety needs. ops.py has checked
-// shapes and dtypes, with messages for users.
+// What the kernels check of their arguments: values, and what memory safety needs. ops.py has
+// checked shapes and dtypes, with messages for users.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ inline at::ScalarType compute_dtype(const char* name, at::TensorList tensors) {
   return at::promote_types(tensors[0].scalar_type(), at::kFloat);
 }
 
-// matching.check_boxes of the values. Waits for the device.
+// Values only, as in matching.py. Waits for the device.
 inline void check_boxes(const char* name, const at::Tensor& boxes) {
   bool valid = true;
   if (boxes.is_cpu()) {

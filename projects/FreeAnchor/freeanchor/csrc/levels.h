@@ -83,8 +83,8 @@ struct Levels {
 template <typename scalar_t>
 Levels<scalar_t> view_levels(const char* name, at::TensorList tensors) {
   TORCH_CHECK(
-      0 < tensors.size() && tensors.size() <= kMaxLevels, name, " must have 1 to ", kMaxLevels, " levels, got ",
-      tensors.size());
+      0 < tensors.size() && tensors.size() <= kMaxLevels, name, " must have 1 to ", kMaxLevels,
+      " levels, got ", tensors.size());
   Levels<scalar_t> levels;
   levels.images = tensors[0].size(0);
   levels.depth = tensors[0].size(-1);

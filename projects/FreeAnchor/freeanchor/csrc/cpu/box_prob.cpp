@@ -28,8 +28,8 @@ template <typename T>
 class Bins {
  public:
   // An IoU of more than t needs an overlap of more than t / (1 + t) * (width + object's width), so
-  // the distance of the centres is less than (1 - t) / (2 * (1 + t)) * (width + object's width); and
-  // the width, and the area, must be less than 1 / t times the object's.
+  // the distance of the centres is less than (1 - t) / (2 * (1 + t)) * (width + object's width);
+  // and the width, and the area, must be less than 1 / t times the object's.
   Bins(const Box<T>* objects, int64_t count, double threshold) {
     const double reach = std::min((1 - threshold) / (2 * threshold) * kSlack, 1e6);
     for (int64_t i = 0; i < count; ++i) {

@@ -150,8 +150,8 @@ struct Axis {
     return i;
   }
 
-  // The positions [begin, end) outside of which the overlap with [a, b] is below `overlap`: it is at
-  // most (size + (b - a)) / 2 - distance of the centres.
+  // The positions [begin, end) outside of which the overlap with [a, b] is below `overlap`: it is
+  // at most (size + (b - a)) / 2 - distance of the centres.
   std::pair<int64_t, int64_t> reach(T a, T b, double overlap) const {
     const double limit = max_size + (double(b) - a) - 2 * overlap;
     const double twice = double(a) + b;
