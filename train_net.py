@@ -12,19 +12,20 @@ Examples::
 import argparse
 import logging
 import os
+import re
 from typing import Any
 
 # Before Detectron2: it makes 0.6 work with today's packages, and registers the architecture.
 import freeanchor  # isort: skip
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from freeanchor import compat, data
+from freeanchor import compat, data, files
+from freeanchor.checkpoint import Checkpointer
 from torch.multiprocessing import ProcessRaisedException
 
 logger = logging.getLogger("freeanchor.train_net")
@@ -57,13 +58,24 @@ class Trainer(DefaultTrainer):
             use_fast_impl=compat.HAS_COMPILED_OPS,
         )
 
+    def build_hooks(self) -> list[Any]:
+        # Before the hooks take the checkpointer that Detectron2 has built.
+        self.checkpointer = Checkpointer(
+            self.checkpointer.model,
+            self.cfg,
+            self.cfg.OUTPUT_DIR,
+            **self.checkpointer.checkpointables,
+        )
+        hooks: list[Any] = super().build_hooks()
+        return hooks
+
 
 def build_config(args: argparse.Namespace) -> CfgNode:
     """Read the config and register the data sets; an error if they do not fit together."""
     cfg = get_cfg()
     freeanchor.add_freeanchor_config(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = data.NUM_CLASSES_FROM_DATA
-    cfg.merge_from_file(args.config_file)
+    files.merge_config(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -84,6 +96,7 @@ def check(args: argparse.Namespace) -> None:
 
     Raises:
         DatasetError: see :mod:`freeanchor.data`.
+        FileError: the config or the weights, see :mod:`freeanchor.files`.
         SystemExit: the config and the command line do not go together.
     """
     cfg = build_config(args)
@@ -101,6 +114,8 @@ def check(args: argparse.Namespace) -> None:
         )
     for name in dataset_names(cfg, args):
         data.check_images([name])
+    if cfg.MODEL.WEIGHTS and not args.resume:
+        files.find(cfg.MODEL.WEIGHTS)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,8 +127,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = Checkpointer(model, cfg, cfg.OUTPUT_DIR)
+        resume = args.resume and checkpointer.has_checkpoint()
+        checkpointer.load(
+            checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS, checkpointables=[]
+        )
+        export(args, cfg, model)
         results: dict[str, Any] = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -125,13 +144,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    trained: dict[str, Any] = trainer.train()
+    export(args, cfg, trainer.checkpointer.model)
+    return trained
+
+
+def export(args: argparse.Namespace, cfg: CfgNode, model: torch.nn.Module) -> None:
+    """Write what --export-safetensors asks for."""
+    if args.export_safetensors and comm.is_main_process():
+        path = os.path.join(cfg.OUTPUT_DIR, "model_final.safetensors")
+        files.write_checkpoint(path, model.state_dict(), {})
+        logger.info(f"Exported the weights to {path}")
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line, and refuse what cannot run."""
     parser = default_argument_parser()
     data.add_dataset_argument(parser)
+    parser.add_argument(
+        "--export-safetensors",
+        action="store_true",
+        help="also write the weights, trained or with --eval-only, to model_final.safetensors",
+    )
     args = parser.parse_args()
     if not os.path.isfile(args.config_file):
         parser.error(f"--config-file: there is no file {args.config_file!r}")
@@ -145,7 +179,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, launch, and end an error of the data in one sentence."""
+    """Check, launch, and end an error of data or files in one sentence."""
     try:
         check(args)
         launch(
@@ -156,10 +190,10 @@ def run(args: argparse.Namespace) -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (data.DatasetError, ProcessRaisedException) as e:
+    except (data.DatasetError, files.FileError, ProcessRaisedException) as e:
         # Processes and data loader workers pass errors on as text, which ends in the message.
-        _, is_ours, message = str(e).rpartition("freeanchor.data.DatasetError: ")
-        if isinstance(e, ProcessRaisedException) and not is_ours:
+        *_, message = re.split(r"freeanchor\.(?:data\.Dataset|files\.File)Error: ", str(e))
+        if isinstance(e, ProcessRaisedException) and message == str(e):
             raise
         raise SystemExit(f"train_net.py: {message.strip()}") from e
 

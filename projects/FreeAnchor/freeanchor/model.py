@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from .architecture import RoundedAnchorGenerator
 from .losses import bag_logit, positive_bag_loss
 from .matching import encode_boxes, matched_log_probability
 from .ops import box_prob, iou_topk, negative_bag_loss, take
@@ -32,6 +33,7 @@ class FreeAnchor(RetinaNet):
         pre_anchor_topk: int = 50,
         bbox_threshold: float = 0.6,
         bbox_reg_weight: float = 0.75,
+        inclusive_corners: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the model from its parts.
@@ -40,6 +42,8 @@ class FreeAnchor(RetinaNet):
             pre_anchor_topk: number of anchors in the bag of an object.
             bbox_threshold: IoU at which P{a in A+} starts to rise.
             bbox_reg_weight: weight of the localisation loss in the matched probability.
+            inclusive_corners: whether boxes end on their last pixel where they are resized with
+                their image, as in the paper's repository. Inputs and outputs are Detectron2's.
             kwargs: see :class:`detectron2.modeling.RetinaNet`. `focal_loss_alpha` weighs the
                 positive against the negative loss, `focal_loss_gamma` focuses the negative one.
 
@@ -61,6 +65,9 @@ class FreeAnchor(RetinaNet):
         self.pre_anchor_topk = pre_anchor_topk
         self.bbox_threshold = bbox_threshold
         self.bbox_reg_weight = bbox_reg_weight
+        if inclusive_corners:
+            self.register_forward_pre_hook(_to_inclusive_corners)
+            self.register_forward_hook(_from_inclusive_corners)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -69,6 +76,7 @@ class FreeAnchor(RetinaNet):
         ret["pre_anchor_topk"] = cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK
         ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
         ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
+        ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
         return ret
 
     def forward_training(
@@ -116,7 +124,7 @@ class FreeAnchor(RetinaNet):
             gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
             counts = [len(x) for x in gt_instances]
             anchor_levels = [x.tensor.to(dtype) for x in anchors]
-            if type(self.anchor_generator) is DefaultAnchorGenerator:
+            if type(self.anchor_generator) in (DefaultAnchorGenerator, RoundedAnchorGenerator):
                 anchor_levels = [
                     x.view(*logits.shape[1:-1], 4) for x, logits in zip(anchor_levels, pred_logits)
                 ]
@@ -186,3 +194,43 @@ class FreeAnchor(RetinaNet):
         storage.put_scalar("freeanchor/bag_likelihood", likelihood)
         storage.put_scalar("freeanchor/anchors_per_bag", num_anchors)
         storage.put_scalar("freeanchor/localized_objects", localized)
+
+
+# With inclusive corners, a box of width w is w - 1 wide from its first to its last pixel, and that
+# is what is scaled with the image. The network itself has Detectron2's boxes, as its anchors,
+# losses and NMS come out the same in both conventions.
+
+
+def _scale(image: dict[str, Any]) -> Tensor:
+    """(4,) factors by which an input image was resized, 1 for left and top."""
+    height, width = image["image"].shape[-2:]
+    scale = width / image.get("width", width), height / image.get("height", height)
+    return torch.tensor([1.0, 1.0, *scale])
+
+
+def _to_inclusive_corners(
+    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]]] | None:
+    """Ground truth of width w * s gets the width (w - 1) * s + 1, and at least 1."""
+    if not model.training:
+        return None
+    batch = []
+    for image in inputs[0]:
+        instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
+        boxes = instances.gt_boxes.tensor
+        start, end = (boxes + (1 - _scale(image)).to(boxes)).split(2, dim=1)
+        instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
+        batch.append({**image, "instances": instances})
+    return (batch,)
+
+
+def _from_inclusive_corners(
+    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]], outputs: Any
+) -> None:
+    """The inverse for detections, in the size of the original image."""
+    if model.training:
+        return
+    for image, output in zip(*inputs, outputs):
+        boxes = output["instances"].pred_boxes
+        boxes.tensor += (1 - 1 / _scale(image)).to(boxes.tensor)
+        boxes.clip(output["instances"].image_size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from .config import add_freeanchor_config
 from .data import DatasetError, add_dataset_argument, register_datasets
+from .files import FileError, read_config
 
 _MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
 _CURVES = (
@@ -179,14 +179,12 @@ def main() -> None:
     for name in ("config.yaml", "metrics.json"):
         if not (args.output_dir / name).is_file():
             parser.error(f"{args.output_dir} has no {name}: it is not the output of a training")
-    cfg = get_cfg()
-    add_freeanchor_config(cfg)
-    cfg.merge_from_file(str(args.output_dir / "config.yaml"))
-    cfg.OUTPUT_DIR = str(args.output_dir)
     try:
+        cfg = read_config(args.output_dir / "config.yaml")
         register_datasets(args.dataset)
-    except DatasetError as e:
+    except (DatasetError, FileError) as e:
         parser.error(str(e))
+    cfg.OUTPUT_DIR = str(args.output_dir)
     for name in cfg.DATASETS.TEST:
         if name not in DatasetCatalog.list():
             parser.error(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
