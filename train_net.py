@@ -106,7 +106,7 @@ def check(args: argparse.Namespace) -> None:
     elif not cfg.DATASETS.TRAIN:
         raise SystemExit("train_net.py: DATASETS.TRAIN is empty, so there is nothing to train on")
     world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if world_size and cfg.SOLVER.IMS_PER_BATCH % world_size:
+    if world_size and not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise SystemExit(
             f"train_net.py: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
             f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "

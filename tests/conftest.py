@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
 QUICK = REPOSITORY / "configs" / "quick" / "free_anchor_R_18_FPN.yaml"
 
 

@@ -8,9 +8,10 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from freeanchor import FreeAnchor
+from freeanchor import FreeAnchor, catalog
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
+MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*.yaml"))
 JITTER = tuple(range(640, 801, 32))
 ENHANCED = tuple(range(480, 961, 32))
 # name: depth, groups x width, iterations, training sizes
@@ -41,7 +42,7 @@ def test_every_config_is_checked():
     assert {p.stem.removeprefix("free_anchor_") for p in COCO} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("path", [*COCO, QUICK], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*COCO, *MMDETECTION, QUICK], ids=lambda p: p.stem)
 def test_config_builds_a_model(path):
     """The model has the parts that the config promises, and nothing in the yaml runs code."""
     assert "!!" not in path.read_text()
@@ -68,6 +69,9 @@ def test_config_is_the_official_one(path):
         "PRE_ANCHOR_TOPK": 50,
         "BBOX_THRESHOLD": 0.6,
         "BBOX_REG_WEIGHT": 0.75,
+        "P6_IN_FEATURE": "res5",
+        "P7_RELU": True,
+        "INCLUSIVE_CORNERS": False,
     }
 
 
@@ -76,7 +80,7 @@ def test_weights_are_in_the_catalogue(path):
     """Each name of ImageNet weights is one that Detectron2 resolves."""
     weights = load(path).MODEL.WEIGHTS
     if "32x4d" in path.stem:
-        assert weights == ""  # Detectron2 has none
+        assert weights.removeprefix("mmdet://") in catalog.CHECKPOINTS  # Detectron2 has none
     elif weights.startswith("catalog://"):
         assert ModelCatalog.get(weights.removeprefix("catalog://")).endswith(".pkl")
     else:

@@ -24,6 +24,7 @@ class Hostile:
         self.path = str(path)
 
     def __reduce__(self):
+        """What pickle calls when it reads this."""
         return os.mkdir, (self.path,)
 
 
@@ -65,12 +66,12 @@ def test_hostile_checkpoint(tmp_path, monkeypatch, name):
     assert canary.is_dir()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:'torch.load'")
 def test_torchscript_is_no_checkpoint(tmp_path):
     """A program in a .pth is refused as one."""
     path = tmp_path / "model.pth"
     path.write_bytes(torchscript_file())
-    with pytest.raises(FileError, match=r"model\.pth holds .*TorchScript"):
+    with pytest.raises(FileError, match=r"model\.pth holds TorchScript"):
         read_checkpoint(str(path))
 
 
@@ -208,7 +209,7 @@ def test_cut_off_files(tmp_path, contents, name):
     for length in [*range(0, len(content) - 1, 1 + len(content) // 40), len(content) - 1]:
         path.write_bytes(content[:length])
         # A cut-off name of a class in a legacy file is a name that is not known.
-        with pytest.raises(FileError, match=rf"{name} (is damaged, cut off|holds torch\._)"):
+        with pytest.raises(FileError, match=rf"{name} (is damaged, cut off|holds \w*\.)"):
             read_checkpoint(str(path))
 
 

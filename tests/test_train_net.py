@@ -9,14 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, REPOSITORY
+from conftest import DATA, QUICK, REPOSITORY
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
-from freeanchor import compat, data, visualize
+from freeanchor import compat, convert, data, visualize
+from freeanchor.files import read_checkpoint
 
+MMDET = DATA / "mmdet_r50.pth"
 TINY = [
     *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0"),
     *("SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.NUM_WORKERS", "0"),
@@ -109,6 +111,103 @@ def test_eval_only_of_a_retinanet_checkpoint(train_net, data_options, cfg, tmp_p
         forget("val")
     assert len(found["RetinaNet"]) > 40
     assert found["FreeAnchor"] == found["RetinaNet"]
+
+
+def test_weights_of_another_project(train_net, data_options, tmp_path, monkeypatch):
+    """They are converted on the fly with the config that convert writes, and exported."""
+    register, names = data_options
+    monkeypatch.setattr(sys, "argv", ["convert", str(MMDET), str(tmp_path / "converted.pth")])
+    convert.main()
+    found = {}
+    for weights in (
+        MMDET,
+        tmp_path / "converted.pth",
+        tmp_path / MMDET.stem / "model_final.safetensors",
+    ):
+        output = tmp_path / weights.stem
+        options = [*names, *TINY, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+        train_net(
+            "--eval-only",
+            "--export-safetensors",
+            *register,
+            *options,
+            config=tmp_path / "converted.yaml",
+        )
+        file = output / "inference" / "val" / "coco_instances_results.json"
+        found[weights.stem] = json.loads(file.read_text())
+        forget("train")
+        forget("val")
+    assert len(found["converted"]) > 40
+    assert found["mmdet_r50"] == found["converted"] == found["model_final"]
+
+
+def test_training_from_weights_of_another_project(train_net, data_options, tmp_path, monkeypatch):
+    """Fine-tuning to two classes, from three; and the weights as .safetensors beside the .pth."""
+    register, names = data_options
+    cfg = convert.convert(read_checkpoint(str(MMDET)), str(MMDET)).build_config()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    (tmp_path / "mmdet.yaml").write_text(cfg.dump())
+    output = tmp_path / "output"
+    options = [*names, *TINY, "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", output]
+    train_net(
+        "--export-safetensors",
+        *register,
+        *options,
+        "MODEL.WEIGHTS",
+        MMDET,
+        config=tmp_path / "mmdet.yaml",
+    )
+    assert "Loaded 293 of 293 tensors" in (output / "log.txt").read_text()
+    exported = read_checkpoint(str(output / "model_final.safetensors"))["model"]
+    saved = read_checkpoint(str(output / "model_final.pth"))["model"]
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[k], v) for k, v in saved.items())
+
+
+def test_weights_that_are_not_there(train_net, data_options, tmp_path):
+    """They are missed before a model is built, also by training."""
+    register, names = data_options
+    output = tmp_path / "output"
+    for extra in ((), ("--eval-only",)):
+        with pytest.raises(SystemExit, match=r"train_net\.py: There is no file nowhere\.pth"):
+            train_net(
+                *extra, *register, *names, "MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", output
+            )
+        forget("train")
+        forget("val")
+    assert not output.exists()
+
+
+def test_evaluation_of_other_classes(train_net, data_options, tmp_path, cfg):
+    """AP of a random predictor is not what was asked for."""
+    register, names = data_options
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("five")
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    with pytest.raises(SystemExit, match=r"five\.pth are not of this model.*head\.cls_score"):
+        train_net("--eval-only", *register, *options, "MODEL.WEIGHTS", tmp_path / "five.pth")
+
+
+def test_resuming_from_a_file_that_was_cut_off(train_net, data_options, tmp_path):
+    """The file is named, so that an earlier one can be taken."""
+    register, names = data_options
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    train_net(*register, *options)
+    forget("train")
+    forget("val")
+    path = tmp_path / "output" / "model_final.pth"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(SystemExit, match=r"train_net\.py: \S+model_final\.pth is damaged"):
+        train_net("--resume", *register, *options, "SOLVER.MAX_ITER", "5")
+
+
+def test_hostile_config(train_net, tmp_path):
+    """It is refused with its name."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'canary'}']\n")
+    with pytest.raises(SystemExit, match=r"hostile\.yaml: .*Python objects could run code"):
+        train_net(config=path)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_wrong_number_of_classes(train_net, data_options, tmp_path):

@@ -14,6 +14,10 @@ __all__ = ["Checkpointer"]
 
 _PREDICTORS = ("head.cls_score.", "head.bbox_pred.")
 _MOST_NAMED = 10
+# Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
+# in the weight and bias instead.
+_COUNTER = ".num_batches_tracked"
+_STATISTICS = (".running_mean", ".running_var")
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
@@ -108,14 +112,15 @@ class Checkpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""
-        names = self.model.state_dict().keys()
-        missing = set(incompatible.missing_keys)
+        names = [k for k in self.model.state_dict() if not k.endswith(_COUNTER)]
+        missing = {k for k in incompatible.missing_keys if not k.endswith(_COUNTER)}
         wrong = {k: f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes}
-        surplus = [k for k in incompatible.unexpected_keys if not k.endswith("num_batches_tracked")]
+        surplus = [k for k in incompatible.unexpected_keys if not k.endswith(_COUNTER)]
         problems = {"missing": sorted(missing), "of another shape": [*wrong.values()]}
         if self._is_start:
             prefix = "backbone.bottom_up."
-            backbone = [k for k in names if k.startswith(prefix)] or list(names)
+            backbone = [k for k in names if k.startswith(prefix)] or names
+            backbone = [k for k in backbone if not k.endswith(_STATISTICS)]
             lacking = [k for k in backbone if k in missing]
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],

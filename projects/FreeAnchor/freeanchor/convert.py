@@ -141,23 +141,25 @@ class _Converter:
             logger.info(f"{source}: left out {len(counters)} counters of batches")
         self.weights: dict[str, Tensor] = {}
         self.origin: dict[str, str] = {}  # from the new name to the old one
-        for name in state.keys() - counters:
-            if not isinstance(state[name], Tensor | np.ndarray):
-                raise self.error(f"{name} is a {type(state[name]).__name__}, not a tensor")
+        for name, tensor in state.items():
+            if _is_counter(name):
+                continue
+            if not isinstance(tensor, Tensor | np.ndarray):
+                raise self.error(f"{name} is a {type(tensor).__name__}, not a tensor")
             new = name
             for pattern, replacement in self.rules:
                 new = re.sub(pattern, replacement, new)
-            self.weights[new] = torch.as_tensor(state[name])
+            self.weights[new] = torch.as_tensor(tensor)
             self.origin[new] = name
 
     def convert(self) -> Converted:
-        config = self.config()
-        converted = Converted(self.format, self.weights, config)
+        converted = Converted(self.format, self.weights, self.adapt())
         self.check(converted)
         logger.info(f"{self.source}: {self.format}")
         return converted
 
-    def config(self) -> dict[str, Any]:
+    def adapt(self) -> dict[str, Any]:
+        """Change what names do not change, and return the config keys."""
         raise NotImplementedError
 
     def error(self, message: str) -> FileError:
@@ -236,6 +238,7 @@ class _Converter:
         }
 
     def order_anchors_by_size(self) -> None:
+        """From the order of the channels that all but Detectron2 have."""
         for name in ("head.cls_score", "head.bbox_pred"):
             for kind in (".weight", ".bias"):
                 if name + kind in self.weights:
@@ -273,7 +276,7 @@ class _ImageNet(_Converter):
     format = "an ImageNet model, as torchvision's and timm's"
     rules = ((r"^(?!fc\.)", _BACKBONE), *_RESNET_RULES)
 
-    def config(self) -> dict[str, Any]:
+    def adapt(self) -> dict[str, Any]:
         self.leave_out([k for k in self.weights if k.startswith("fc.")], "the classes of ImageNet")
         return {
             **_TORCHVISION_PIXELS,
@@ -297,8 +300,7 @@ class _MMDetection(_Converter):
         (r"^bbox_head\.retina_reg\.", "head.bbox_pred."),
     )
 
-    def config(self) -> dict[str, Any]:
-        self.order_anchors_by_size()
+    def adapt(self) -> dict[str, Any]:
         config = {
             **_TORCHVISION_PIXELS,
             **self.detector_config(),
@@ -306,6 +308,7 @@ class _MMDetection(_Converter):
             "MODEL.FREEANCHOR.P7_RELU": False,
             **self.described_config(),
         }
+        self.order_anchors_by_size()
         if config["MODEL.FREEANCHOR.P6_IN_FEATURE"] != "res5":
             # It would be from P5 before or after its last convolution, which no name tells.
             raise self.error("its P6 is not computed from C5 (add_extra_convs='on_input')")
@@ -321,9 +324,8 @@ class _MMDetection(_Converter):
         described = settings.get("model")
         if not isinstance(described, dict):
             logger.warning(
-                f"{self.source} does not say whether it is FreeAnchor or RetinaNet: "
-                "MODEL.RETINANET.BBOX_REG_WEIGHTS must be (10.0, 10.0, 5.0, 5.0) for FreeAnchor, "
-                "as in its configs, and (1.0, 1.0, 1.0, 1.0) for RetinaNet"
+                f"{self.source} does not say whether it is FreeAnchor or RetinaNet. If it is "
+                'RetinaNet, set MODEL.RETINANET.BBOX_REG_WEIGHTS "(1.0, 1.0, 1.0, 1.0)"'
             )
             return {}
         head = described.get("bbox_head") or {}
@@ -393,8 +395,7 @@ class _Official(_Converter):
         (r"^rpn\.head\.bbox_pred\.", "head.bbox_pred."),
     )
 
-    def config(self) -> dict[str, Any]:
-        self.order_anchors_by_size()
+    def adapt(self) -> dict[str, Any]:
         for name, tensor in self.weights.items():
             if name.endswith(".running_var"):  # used without the eps that Detectron2 adds to it
                 self.weights[name] = tensor - _FROZEN_BATCH_NORM_EPS
@@ -408,6 +409,7 @@ class _Official(_Converter):
             "MODEL.ANCHOR_GENERATOR.OFFSET": 0.5,
             "MODEL.RETINANET.BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
         }
+        self.order_anchors_by_size()
         # Its ResNets are MSRA's, its ResNeXts Facebook's.
         config["MODEL.RESNETS.STRIDE_IN_1X1"] = config.get("MODEL.RESNETS.NUM_GROUPS", 1) == 1
         self.leave_out(self.check_anchors(config), "compared with the computed anchors")

@@ -192,15 +192,13 @@ def _read_torch(path: str) -> Any:
         with _plain_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as e:
-        # PyTorch says in words only whether a file is damaged or refused.
+        # Only PyTorch's words tell a file that is refused from one that is damaged.
         refused = re.search(
-            r"GLOBAL (\S+)|(?:Can only|Trying to|Cannot use)[^.]*?((?:class |TorchScript )?\S+$)",
-            str(e),
-            re.MULTILINE,
+            r"GLOBAL (\S+)|(TorchScript)|(?:Trying to|Can only) .*(?:function|got) (\S+)", str(e)
         )
         if refused is None:
             raise
-        raise _RefusedError(refused[1] or refused[0]) from e
+        raise _RefusedError(next(filter(None, refused.groups()))) from e
 
 
 class _DType:
