@@ -219,7 +219,12 @@ def test_without_a_config_in_the_checkpoint(caplog, meta):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"scale": 8}, "octave_base_scale=8"), ({"coder": "TBLRBBoxCoder"}, "bbox_coder='TBLR")],
+    [
+        ({"scale": 8}, "octave_base_scale=8"),
+        ({"coder": "TBLRBBoxCoder"}, "bbox_coder='TBLR"),
+        ({"std": 0.0}, "ZeroDivisionError"),
+        ({"preprocessor": "data_preprocessor=3,"}, "the config in it is not"),
+    ],
 )
 def test_config_in_the_checkpoint_that_freeanchor_cannot_have(tmp_path, option, message):
     """Other anchors or boxes would give silently wrong detections."""
@@ -309,6 +314,19 @@ def test_command(tmp_path, monkeypatch, source, suffix):
     _, *expected = head_outputs(load(converted(source).build_config(), source), image)
     for a, b in zip(ours, expected):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_command_on_what_was_converted_before(tmp_path, monkeypatch):
+    """Another container keeps the config; a file is not written over itself."""
+    for out in ("a.pth", "b.safetensors", "b.safetensors"):
+        source = {"a.pth": MMDET, "b.safetensors": tmp_path / "a.pth"}[out]
+        monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / out)])
+        convert.main()
+    first, second = ((tmp_path / f"{x}.yaml").read_text() for x in "ab")
+    assert first.replace("a.pth", "b.safetensors") == second
+    monkeypatch.setattr(sys, "argv", ["convert", *[str(tmp_path / "a.pth")] * 2])
+    with pytest.raises(SystemExit, match=r"a\.pth is the source"):
+        convert.main()
 
 
 def test_command_on_detectron2s_own_weights(tmp_path, monkeypatch, model):

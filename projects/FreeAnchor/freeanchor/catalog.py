@@ -50,7 +50,8 @@ class MMDetHandler(PathHandler):
         if name not in CHECKPOINTS:
             raise FileError(f"There is no {path}, only {', '.join(CHECKPOINTS)}")
         downloaded = find(CHECKPOINTS[name])
-        converted = Path(downloaded).with_suffix(f".{_REVISION}.safetensors")
+        # A file that Detectron2's own checkpointer, as in its DefaultPredictor, reads too.
+        converted = Path(downloaded).with_suffix(f".detectron2.{_REVISION}.pth")
         with file_lock(str(converted)):  # the processes of one run all come here
             if force or not converted.is_file():
                 _check_hash(downloaded)

@@ -328,6 +328,12 @@ class _MMDetection(_Converter):
                 'RetinaNet, set MODEL.RETINANET.BBOX_REG_WEIGHTS "(1.0, 1.0, 1.0, 1.0)"'
             )
             return {}
+        try:
+            return self.read_description(described, settings.get("img_norm_cfg"))
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+            raise self.error(f"the config in it is not that of such a model ({e!r})") from e
+
+    def read_description(self, described: dict[str, Any], pixels: Any) -> dict[str, Any]:
         head = described.get("bbox_head") or {}
         coder = head.get("bbox_coder") or head
         anchors = head.get("anchor_generator") or head
@@ -347,7 +353,7 @@ class _MMDetection(_Converter):
             "MODEL.RESNETS.STRIDE_IN_1X1": described["backbone"].get("style") == "caffe",
             "MODEL.FREEANCHOR.P7_RELU": bool(described["neck"].get("relu_before_extra_convs")),
         }
-        pixels = described.get("data_preprocessor") or settings.get("img_norm_cfg")
+        pixels = described.get("data_preprocessor") or pixels
         if pixels:
             is_rgb = pixels.get("bgr_to_rgb", pixels.get("to_rgb", True))
             config["INPUT.FORMAT"] = "RGB" if is_rgb else "BGR"
@@ -462,21 +468,24 @@ def write(source: str, out: Path) -> None:
         FileError: see :func:`convert`; or the weights are Detectron2's, but need its heuristics.
     """
     path = find(source)
+    if out.exists() and out.samefile(path):
+        raise FileError(f"{out} is the source: give another name")
     checkpoint = read_checkpoint(path)
-    converted = convert(checkpoint, path)
-    if converted is None:
-        loadable = to_detectron2(checkpoint, path)
-        if loadable.get("matching_heuristics"):
-            raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
-        weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
-        write_checkpoint(out, weights, loadable.get(CONFIG_KEY, {}))
-        logger.info(f"{path} is Detectron2's: wrote its {len(weights)} tensors to {out}, no config")
+    loadable = to_detectron2(checkpoint, path)
+    if loadable.get("matching_heuristics"):
+        raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
+    weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
+    config = loadable.get(CONFIG_KEY, {})
+    write_checkpoint(out, weights, config)
+    if not config:
+        logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
         return
-    write_checkpoint(out, converted.weights, converted.config)
-    cfg = converted.build_config()
+    cfg = Converted("", weights, config).build_config()
     cfg.MODEL.WEIGHTS = str(out)
     out.with_suffix(".yaml").write_text(cfg.dump())
-    logger.info(f"Wrote {out} and {out.with_suffix('.yaml')}")
+    logger.info(
+        f"Wrote {len(weights)} tensors to {out}, their config to {out.with_suffix('.yaml')}"
+    )
 
 
 if __name__ == "__main__":

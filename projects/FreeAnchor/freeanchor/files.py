@@ -290,20 +290,28 @@ def _arrays(value: Any) -> Any:
     return value.array if isinstance(value, _Array) else value
 
 
-class _History:
-    """Stands in for MMEngine's `HistoryBuffer`, the log of a run in its checkpoints."""
+class _Log:
+    """Stands in for MMEngine's `HistoryBuffer`, of which its checkpoints keep the logs of a run."""
+
+
+def _no_method(*_: Any) -> None:
+    """Stands in for `getattr`, by which the methods of `HistoryBuffer` are written."""
+
+
+_MMENGINE: dict[str, Callable[..., Any]] = {
+    "mmengine.logging.history_buffer.HistoryBuffer": _Log,
+    "__builtin__.getattr": _no_method,
+    "builtins.getattr": _no_method,
+}
 
 
 @contextlib.contextmanager
 def _plain_globals() -> Iterator[None]:
     """Let `torch.load` read over the arrays and logs that MMEngine keeps beside the weights."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (
-        2,
-        6,
-    ):  # PyTorch cannot be told the names of stand-ins yet
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # it knows no stand-ins yet
         yield
         return
-    named = {**_PLAIN, "mmengine.logging.history_buffer.HistoryBuffer": _History}
+    named = {**_PLAIN, **_MMENGINE}
     with torch.serialization.safe_globals([(value, name) for name, value in named.items()]):
         yield
 
