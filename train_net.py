@@ -21,11 +21,13 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluators, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from freeanchor import compat, data, files
+from freeanchor import data, files
 from freeanchor.checkpoint import Checkpointer
+from freeanchor.evaluation import BoxEvaluator, NMSRecallEvaluator
+from freeanchor.tta import MultiScaleTest
 from torch.multiprocessing import ProcessRaisedException
 
 logger = logging.getLogger("freeanchor.train_net")
@@ -51,12 +53,20 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
-            use_fast_impl=compat.HAS_COMPILED_OPS,
+    def test(cls, cfg: CfgNode, model: torch.nn.Module) -> dict[str, Any]:
+        """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several."""
+        results: dict[str, Any] = super().test(
+            cfg, model, [evaluators(cfg, name, model) for name in cfg.DATASETS.TEST]
         )
+        if cfg.TEST.AUG.ENABLED:
+            logger.info("Evaluating with test-time augmentation")
+            augmented = super().test(
+                cfg,
+                MultiScaleTest(cfg, model),
+                [box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
+            )
+            results.update({f"{name}_TTA": result for name, result in augmented.items()})
+        return results
 
     def build_hooks(self) -> list[Any]:
         # Before the hooks take the checkpointer that Detectron2 has built.
@@ -68,6 +78,19 @@ class Trainer(DefaultTrainer):
         )
         hooks: list[Any] = super().build_hooks()
         return hooks
+
+
+def box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:
+    """Of COCO AP, into a folder of the output."""
+    return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name))
+
+
+def evaluators(cfg: CfgNode, dataset_name: str, model: torch.nn.Module) -> DatasetEvaluators:
+    """All that the config asks for of one data set."""
+    wanted: list[Any] = [box_evaluator(cfg, dataset_name, "inference")]
+    if cfg.TEST.NMS_RECALL:
+        wanted.append(NMSRecallEvaluator(dataset_name, model))
+    return DatasetEvaluators(wanted)
 
 
 def build_config(args: argparse.Namespace) -> CfgNode:

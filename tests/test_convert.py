@@ -83,7 +83,9 @@ def test_boxes_of_mmdetection():
 def test_boxes_of_the_official_repository():
     """Its anchors, and its boxes by its own formulas, with edges on the last pixel."""
     golden = np.load(OFFICIAL.replace(".pth", "_outputs.npz"))
-    model = load(converted(OFFICIAL).build_config(), OFFICIAL)
+    cfg = converted(OFFICIAL).build_config()
+    assert cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
+    model = load(cfg, OFFICIAL)
     anchors, _, deltas = head_outputs(model, golden["image_bgr"])
     for i in range(5):
         theirs = golden[f"anchors_{i}"].reshape(-1, 3, 3, 4).swapaxes(1, 2).reshape(-1, 4)

@@ -6,16 +6,13 @@ import re
 import runpy
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import DATA, QUICK, REPOSITORY
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, BoxMode, Instances
-from freeanchor import compat, convert, data, visualize
+from freeanchor import convert, data, visualize
 from freeanchor.files import read_checkpoint
 
 MMDET = DATA / "mmdet_r50.pth"
@@ -290,17 +287,17 @@ def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path
     assert "MODEL.WEIGHTS is empty" in (output / "log.txt").read_text()
 
 
-def test_ap_is_pycocotools(coco, cfg):
-    """The evaluator that is used without compiled ops gives AP 100 for the ground truth."""
-    triple = coco()
-    data.register_datasets([triple])
-    evaluator = COCOEvaluator("train", use_fast_impl=compat.HAS_COMPILED_OPS)
-    evaluator.reset()
-    for record in DatasetCatalog.get("train"):
-        found = Instances((record["height"], record["width"]))
-        boxes = np.array([a["bbox"] for a in record["annotations"]])
-        found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-        found.scores = torch.ones(len(boxes))
-        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        evaluator.process([record], [{"instances": found}])
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, caplog):
+    """NMS recall, parts of AP and test-time augmentation, each beside the others."""
+    register, names = data_options
+    options = [*names, *TINY, "TEST.NMS_RECALL", "True", "TEST.AUG.ENABLED", "True"]
+    options += ["TEST.AUG.MIN_SIZES", "(64, 96)", "OUTPUT_DIR", tmp_path / "output"]
+    train_net(*register, *options)
+    (metrics,) = (
+        x for x in visualize.read_metrics(tmp_path / "output" / "metrics.json") if "bbox/AP" in x
+    )
+    for name in ("nms_recall/NR", "aspect_ratio/AP>5", "crowding/AR0", "bbox_TTA/AP"):
+        assert name in metrics
+    for folder in ("inference", "inference_TTA"):
+        path = tmp_path / "output" / folder / "val" / "coco_instances_results.json"
+        assert json.loads(path.read_text())

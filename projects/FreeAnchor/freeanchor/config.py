@@ -35,3 +35,8 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Whether boxes end on their last pixel, as in the paper's repository, instead of behind it.
     # The two conventions differ by a fraction of a pixel where an image is resized.
     cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS = False
+
+    # Also evaluate NMS recall (paper, section 4.2).
+    cfg.TEST.NMS_RECALL = False
+    # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.
+    cfg.TEST.AUG.MAX_SIZE_RATIO = 0.0

@@ -65,6 +65,7 @@ class FreeAnchor(RetinaNet):
         self.pre_anchor_topk = pre_anchor_topk
         self.bbox_threshold = bbox_threshold
         self.bbox_reg_weight = bbox_reg_weight
+        self.inclusive_corners = inclusive_corners
         if inclusive_corners:
             self.register_forward_pre_hook(_to_inclusive_corners)
             self.register_forward_hook(_from_inclusive_corners)
@@ -196,29 +197,42 @@ class FreeAnchor(RetinaNet):
         storage.put_scalar("freeanchor/localized_objects", localized)
 
 
-# With inclusive corners, a box of width w is w - 1 wide from its first to its last pixel, and that
-# is what is scaled with the image. The network itself has Detectron2's boxes, as its anchors,
-# losses and NMS come out the same in both conventions.
+def inclusive_shift(boxes: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Correct resized boxes for inclusive corners.
+
+    With them, a box of width w is w - 1 wide from its first to its last pixel, and that is what is
+    resized. The network itself has Detectron2's boxes: its anchors, losses and NMS come out the
+    same in both conventions.
+
+    Args:
+        boxes: (M, 4) boxes in Detectron2's convention, resized by `scale`.
+        scale: factors of width and height.
+
+    Returns:
+        (M, 4) boxes in Detectron2's convention: (w - 1) * scale + 1 wide instead of w * scale.
+    """
+    return boxes + boxes.new_tensor([0, 0, 1 - scale[0], 1 - scale[1]])
 
 
-def _scale(image: dict[str, Any]) -> Tensor:
-    """(4,) factors by which an input image was resized, 1 for left and top."""
+def _sizes(image: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of the original image and of the network's input."""
     height, width = image["image"].shape[-2:]
-    scale = width / image.get("width", width), height / image.get("height", height)
-    return torch.tensor([1.0, 1.0, *scale])
+    return (image.get("width", width), image.get("height", height)), (width, height)
 
 
 def _to_inclusive_corners(
     model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]]] | None:
-    """Ground truth of width w * s gets the width (w - 1) * s + 1, and at least 1."""
+    """Resize ground truth as the paper's repository does, where a box is at least a pixel wide."""
     if not model.training:
         return None
     batch = []
     for image in inputs[0]:
+        original, resized = _sizes(image)
         instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
-        boxes = instances.gt_boxes.tensor
-        start, end = (boxes + (1 - _scale(image)).to(boxes)).split(2, dim=1)
+        scale = resized[0] / original[0], resized[1] / original[1]
+        boxes = inclusive_shift(instances.gt_boxes.tensor, scale)
+        start, end = boxes.split(2, dim=1)
         instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
         batch.append({**image, "instances": instances})
     return (batch,)
@@ -227,10 +241,12 @@ def _to_inclusive_corners(
 def _from_inclusive_corners(
     model: FreeAnchor, inputs: tuple[list[dict[str, Any]]], outputs: Any
 ) -> None:
-    """The inverse for detections, in the size of the original image."""
+    """Resize detections as the paper's repository does."""
     if model.training:
         return
     for image, output in zip(*inputs, outputs):
+        original, resized = _sizes(image)
         boxes = output["instances"].pred_boxes
-        boxes.tensor += (1 - 1 / _scale(image)).to(boxes.tensor)
+        scale = original[0] / resized[0], original[1] / resized[1]
+        boxes.tensor = inclusive_shift(boxes.tensor, scale)
         boxes.clip(output["instances"].image_size)
