@@ -469,3 +469,63 @@ def test_distributed_training_with_an_image_without_objects(tmp_path):
     while not context.join():  # raises what a process raised
         pass
     assert [p.exitcode for p in context.processes] == [0, 0]
+
+
+def test_matching_is_that_of_the_losses(model, cfg):
+    """The probabilities give the positive loss, and the assignment is Detectron2's RetinaNet's."""
+    anchors, logits, deltas = predictions(model, dtype=torch.float64)
+    targets = [
+        instances([[3, 5, 30, 40], [10, 10, 20, 60], [2, 2, 9, 8]], [0, 2, 1]),
+        instances([[20, 20, 50, 40]], [1]),
+    ]
+    matchings = model.match(anchors, logits, deltas, targets)
+    prob = torch.cat([x.prob for x in matchings])
+    weights = 1 / (1 - prob)
+    mean_max = (weights / weights.sum(dim=1, keepdim=True) * prob).sum(dim=1)
+    loss = model.losses(anchors, logits, deltas, targets)["loss_positive"]
+    torch.testing.assert_close(-mean_max.log().mean() * 0.5, loss)
+
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    labels, boxes = build_model(cfg).label_anchors(anchors, targets)
+    for found, target, label, box in zip(matchings, targets, labels, boxes):
+        assert torch.equal(found.boxes, target.gt_boxes.tensor)
+        for i, object_box in enumerate(target.gt_boxes.tensor):
+            is_its = (label == target.gt_classes[i]) & (box == object_box).all(dim=1)
+            expected = Boxes.cat(anchors).tensor[is_its]
+            assert torch.equal(found.assigned[i], expected)
+            iou = matching.box_iou(expected, object_box)
+            torch.testing.assert_close(found.assigned_iou[i], iou)
+        iou = matching.box_iou(found.anchors, target.gt_boxes.tensor[:, None])
+        assert (iou.diff(dim=1) <= 1e-6).all()  # bags come from the highest IoU on
+
+
+def test_matching_of_an_image_without_objects(model):
+    """Empty, not an error."""
+    anchors, logits, deltas = predictions(model, num_images=1)
+    (empty,) = model.match(anchors, logits, deltas, [instances([], [])])
+    assert empty.prob.shape == (0, 50)
+    assert empty.assigned == []
+
+
+def test_pictures_of_the_matching_while_training(cfg, storage):
+    """Every VIS_PERIOD iterations, of the first image with objects, and without other effects."""
+    cfg.VIS_PERIOD = 2
+    model = build_model(cfg)
+    batch = [
+        {"image": torch.zeros(3, 64, 64), "instances": instances(boxes, [0] * len(boxes))}
+        for boxes in ([], [[8, 8, 40, 30]])
+    ]
+    losses = []
+    for iteration in range(3):
+        storage.iter = iteration
+        losses.append(model(batch))
+        pictures = [(name, i) for name, _, i in storage._vis_data]
+        assert pictures == [("matching", i) for i in range(0, iteration + 1, 2)]
+    (_, picture, _) = storage._vis_data[0]
+    assert picture.shape[0] == 3
+    assert picture.std() > 0
+    assert losses[0]["loss_positive"].item() == pytest.approx(losses[1]["loss_positive"].item())
+    storage.clear_images()
+    storage.iter = 4
+    model([batch[0], batch[0]])
+    assert storage._vis_data == []

@@ -12,7 +12,7 @@ from conftest import DATA, QUICK, REPOSITORY
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from freeanchor import convert, data, visualize
+from freeanchor import convert, visualize
 from freeanchor.files import read_checkpoint
 
 MMDET = DATA / "mmdet_r50.pth"
@@ -50,7 +50,7 @@ def data_options(coco):
     return ["--dataset", *train, "--dataset", *val], names
 
 
-def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
+def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path, monkeypatch):
     """One run on own data: checkpoints, logs, AP, result file; then --resume; then pictures."""
     register, names = data_options
     output = tmp_path / "output"
@@ -76,11 +76,14 @@ def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
     assert visualize.read_metrics(output / "metrics.json")[-1]["iteration"] == 5
 
     forget("val")
-    for count, images in (("2", ["val_1.png", "val_4.png"]), ("1", ["val_1.png"])):
-        sys.argv = ["visualize", str(output), "--num-images", count, *register[4:]]
+    several = ["--checkpoints", "model_0000001.pth", "model_final.pth"]
+    for count, more, images in (("2", several, [1, 4]), ("1", [], [1])):
+        options = ["--num-images", count, *register[4:], *more]
+        monkeypatch.setattr(sys, "argv", ["visualize", str(output), *options])
         visualize.main()
         pictures = sorted(p.name for p in (output / "pictures").iterdir())
-        assert pictures == ["curves.png", *images]  # and none of the call before
+        expected = [f"val_{i}{kind}.png" for i in images for kind in ("", "_matching")]
+        assert pictures == sorted(["curves.png", *expected])  # and none of the call before
 
 
 def forget(name):

@@ -1,12 +1,14 @@
 """The meta-architecture: RetinaNet whose anchors are matched and trained by FreeAnchor."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
@@ -15,7 +17,40 @@ from .losses import bag_logit, positive_bag_loss
 from .matching import encode_boxes, matched_log_probability
 from .ops import box_prob, iou_topk, negative_bag_loss, take
 
-__all__ = ["FreeAnchor"]
+__all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
+
+
+# As Detectron2's RetinaNet assigns anchors.
+_RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+
+
+class Matching(NamedTuple):
+    """How the M objects of an image are matched, for pictures.
+
+    Attributes:
+        boxes: (M, 4) objects.
+        anchors: (M, K, 4) bags.
+        prob: (M, K) matched probabilities P_ij^cls * P_ij^loc.
+        assigned: per object, (n, 4) anchors that Detectron2's RetinaNet would train for it.
+        assigned_iou: per object, (n,) their IoU with it.
+    """
+
+    boxes: Tensor
+    anchors: Tensor
+    prob: Tensor
+    assigned: list[Tensor]
+    assigned_iou: list[Tensor]
+
+
+class _Bags(NamedTuple):
+    """The bags of the M objects of a batch; indices as in :mod:`freeanchor.matching`."""
+
+    levels: list[Tensor]  # anchors, as the search takes them
+    counts: list[int]  # objects of each image
+    boxes: Tensor  # (M, 4)
+    classes: Tensor  # (M,)
+    row: Tensor  # (M, K) of (N, R)
+    anchors: Tensor  # (M, K, 4)
 
 
 @META_ARCH_REGISTRY.register()
@@ -93,6 +128,8 @@ class FreeAnchor(RetinaNet):
             for levels, depth in zip(predictions, (self.num_classes, 4))
         )
         anchors = self.anchor_generator(features)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self._visualize_matching(images, anchors, pred_logits, pred_anchor_deltas, gt_instances)
         return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances)
 
     def losses(
@@ -119,60 +156,136 @@ class FreeAnchor(RetinaNet):
             gets a gradient and distributed training does not wait for one.
         """
         with torch.autocast(pred_logits[0].device.type, enabled=False):
-            transform = self.box2box_transform
-            dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
-            gt_boxes = Boxes.cat([x.gt_boxes for x in gt_instances]).tensor.to(dtype)  # (M, 4)
-            gt_classes = torch.cat([x.gt_classes for x in gt_instances])  # (M,)
-            counts = [len(x) for x in gt_instances]
-            anchor_levels = [x.tensor.to(dtype) for x in anchors]
-            if type(self.anchor_generator) in (DefaultAnchorGenerator, RoundedAnchorGenerator):
-                anchor_levels = [
-                    x.view(*logits.shape[1:-1], 4) for x, logits in zip(anchor_levels, pred_logits)
-                ]
-            bag = iou_topk(anchor_levels, gt_boxes, self.pre_anchor_topk)  # (M, K)
+            bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
             cells, prob, max_iou = box_prob(
                 pred_anchor_deltas,
-                anchor_levels,
-                gt_boxes,
-                gt_classes,
-                counts,
+                bags.levels,
+                bags.boxes,
+                bags.classes,
+                bags.counts,
                 self.num_classes,
-                transform.weights,
-                transform.scale_clamp,
+                self.box2box_transform.weights,
+                self.box2box_transform.scale_clamp,
                 self.bbox_threshold,
             )
-
             # The others divide the loss of a batch without objects by 1: some 350 times too much.
-            num_objects = max(1, sum(counts))
-            image = torch.arange(len(counts), device=bag.device).repeat_interleave(
-                torch.tensor(counts, device=bag.device), output_size=sum(counts)
-            )
-            row = image[:, None] * sum(len(x) for x in anchors) + bag  # (M, K) of (N, R)
+            num_objects = max(1, len(bags.boxes))
             negative, bag_logits = negative_bag_loss(
                 pred_logits,
                 cells,
                 prob.to(torch.promote_types(pred_logits[0].dtype, torch.float32)),
-                row * self.num_classes + gt_classes[:, None],
+                bags.row * self.num_classes + bags.classes[:, None],
                 self.focal_loss_gamma,
                 (1 - self.focal_loss_alpha) / (self.pre_anchor_topk * num_objects),
             )
-            coordinate = torch.arange(4, device=bag.device)
-            bag_deltas = take(pred_anchor_deltas, row[..., None] * 4 + coordinate)  # (M, K, 4)
-            bag_anchors = take([x[None] for x in anchor_levels], bag[..., None] * 4 + coordinate)
-            log_prob = matched_log_probability(
-                bag_logits,
-                bag_deltas,
-                encode_boxes(gt_boxes[:, None], bag_anchors, transform.weights),
-                self.bbox_reg_weight,
-                self.smooth_l1_beta,
-            )
+            log_prob = self._log_prob(bags, bag_logits, pred_anchor_deltas)
             positive = positive_bag_loss(log_prob)
 
-        self._log_matching(log_prob, positive, max_iou, len(counts))
+        self._log_matching(log_prob, positive, max_iou, len(bags.counts))
         return {
             "loss_positive": positive.sum() * (self.focal_loss_alpha / num_objects),
             "loss_negative": negative,
         }
+
+    def _visualize_matching(
+        self,
+        images: ImageList,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> None:
+        """Put the matching of the first image with objects to the EventStorage."""
+        from .drawing import draw_matching, to_image  # only where it is asked for
+
+        for i, instances in enumerate(gt_instances):
+            if len(instances):
+                (matching,) = self.match(
+                    anchors,
+                    [x[i : i + 1].detach() for x in pred_logits],
+                    [x[i : i + 1].detach() for x in pred_anchor_deltas],
+                    [instances],
+                )
+                pixels = images[i] * self.pixel_std + self.pixel_mean
+                image = convert_image_to_rgb(pixels.permute(1, 2, 0), self.input_format)
+                picture = to_image(draw_matching(image, {"now": matching}))
+                get_event_storage().put_image("matching", picture.transpose(2, 0, 1))
+                return
+
+    def _bags(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> _Bags:
+        """The search for bags (paper, section 3.2); arguments as of :meth:`losses`."""
+        dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
+        boxes = Boxes.cat([x.gt_boxes for x in gt_instances]).tensor.to(dtype)
+        classes = torch.cat([x.gt_classes for x in gt_instances])
+        counts = [len(x) for x in gt_instances]
+        levels = [x.tensor.to(dtype) for x in anchors]
+        if type(self.anchor_generator) in (DefaultAnchorGenerator, RoundedAnchorGenerator):
+            levels = [x.view(*logits.shape[1:-1], 4) for x, logits in zip(levels, pred_logits)]
+        bag = iou_topk(levels, boxes, self.pre_anchor_topk)  # (M, K)
+        image = torch.arange(len(counts), device=bag.device).repeat_interleave(
+            torch.tensor(counts, device=bag.device), output_size=sum(counts)
+        )
+        row = image[:, None] * sum(len(x) for x in anchors) + bag
+        index = bag[..., None] * 4 + torch.arange(4, device=bag.device)
+        return _Bags(levels, counts, boxes, classes, row, take([x[None] for x in levels], index))
+
+    def _log_prob(
+        self, bags: _Bags, bag_logits: Tensor, pred_anchor_deltas: list[Tensor]
+    ) -> Tensor:
+        """(M, K) logarithm of the matched probabilities of the (M, K) logits of the bags."""
+        coordinate = torch.arange(4, device=bags.row.device)
+        return matched_log_probability(
+            bag_logits,
+            take(pred_anchor_deltas, bags.row[..., None] * 4 + coordinate),
+            encode_boxes(bags.boxes[:, None], bags.anchors, self.box2box_transform.weights),
+            self.bbox_reg_weight,
+            self.smooth_l1_beta,
+        )
+
+    @torch.no_grad()
+    def match(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> list[Matching]:
+        """Match objects as :meth:`losses` does, and as RetinaNet would, to look at it.
+
+        Args: as of :meth:`losses`.
+
+        Returns:
+            The matching of each image.
+        """
+        with torch.autocast(pred_logits[0].device.type, enabled=False):
+            bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+            bag_logits = take(pred_logits, bags.row * self.num_classes + bags.classes[:, None])
+            dtype = torch.promote_types(bag_logits.dtype, torch.float32)
+            prob = self._log_prob(bags, bag_logits.to(dtype), pred_anchor_deltas).exp()
+        all_anchors = Boxes.cat(anchors)
+        result = []
+        for instances, bag_anchors, bag_prob in zip(
+            gt_instances, bags.anchors.split(bags.counts), prob.split(bags.counts)
+        ):
+            iou = pairwise_iou(instances.gt_boxes, all_anchors)  # (M, R)
+            objects, labels = _RETINANET_MATCHER(iou)
+            chosen = [((labels == 1) & (objects == i)).nonzero()[:, 0] for i in range(len(iou))]
+            result.append(
+                Matching(
+                    instances.gt_boxes.tensor,
+                    bag_anchors,
+                    bag_prob,
+                    [all_anchors.tensor[index] for index in chosen],
+                    [iou[i, index] for i, index in enumerate(chosen)],
+                )
+            )
+        return result
 
     @torch.no_grad()
     def _log_matching(

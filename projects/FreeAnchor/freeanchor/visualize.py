@@ -1,83 +1,31 @@
 """Pictures of a finished run: `python -m freeanchor.visualize OUTPUT_DIR`.
 
-Detections beside ground truth, and curves of the losses and the matching. It reads what
-`train_net.py` wrote; no model is run.
+Detections beside ground truth, curves of the losses and the matching, and the matching itself: the
+bag of each object at one or several checkpoints, beside what RetinaNet would have assigned.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
-from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
-from matplotlib.figure import Figure
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import build_model
 from numpy.typing import NDArray
 from PIL import Image
 
-from .data import DatasetError, add_dataset_argument, register_datasets
+from .checkpoint import Checkpointer
+from .data import DatasetError, Mapper, add_dataset_argument, register_datasets
+from .drawing import draw_curves, draw_detections, draw_matching
 from .files import FileError, read_config
+from .model import FreeAnchor, Matching
 
-_MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
-_CURVES = (
-    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
-    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
-    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
-)
-
-
-def draw_detections(
-    record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
-) -> NDArray[Any]:
-    """Draw the ground truth of an image and, to its right, its detections.
-
-    Args:
-        record: the image in Detectron2's standard format.
-        detections: its detections in COCO's result format.
-        metadata: classes of the data set, and its `thing_dataset_id_to_contiguous_id`.
-        score_thresh: detections with a lower score are left out.
-
-    Returns:
-        (H, 2 * W, 3) uint8 RGB image, where small images are enlarged.
-    """
-    image = read_image(record["file_name"], "RGB")
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
-    truth = [
-        (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
-        for a in record["annotations"]
-    ]
-    found = [
-        (
-            BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
-            contiguous[d["category_id"]],
-            f" {d['score']:.0%}",
-        )
-        for d in detections
-        if d["score"] >= score_thresh
-    ]
-    return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=1)
-
-
-def _draw_boxes(
-    image: NDArray[Any], objects: list[tuple[list[float], int, str]], metadata: Any
-) -> NDArray[Any]:
-    """Draw (box, class, what to say after the class) on an image, a colour for each class."""
-    colors = colormap(rgb=True, maximum=1)
-    drawn: NDArray[Any] = (
-        Visualizer(image, metadata, scale=max(1.0, _MIN_SIZE / min(image.shape[:2])))
-        .overlay_instances(
-            boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
-            labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
-            assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
-        )
-        .get_image()
-    )
-    return drawn
+__all__ = ["choose", "match_images", "read_metrics", "write_pictures"]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -106,41 +54,78 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [records[i] for i in sorted(records)]
 
 
-def draw_curves(records: list[dict[str, float]]) -> Figure:
-    """Plot the losses and what FreeAnchor logs of its matching, over the iterations.
+def choose(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Pick `count` records, spread evenly."""
+    chosen = np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int)
+    return [records[i] for i in chosen]
+
+
+@torch.no_grad()
+def match_images(
+    cfg: CfgNode, checkpoints: Sequence[str], records: list[dict[str, Any]]
+) -> list[tuple[NDArray[Any], dict[str, Matching]]]:
+    """Match the objects of images with the models of some checkpoints.
 
     Args:
-        records: see :func:`read_metrics`.
+        cfg: config of the models.
+        checkpoints: their files.
+        records: images in Detectron2's standard format.
 
     Returns:
-        A figure, to be saved.
+        Per image, its pixels as the network sees them, (H, W, 3) uint8 RGB, and by the name of
+        each checkpoint the matching; none for an image without objects.
+
+    Raises:
+        FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it is not a FreeAnchor.
     """
-    figure = Figure(figsize=(6, 9), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(len(_CURVES), sharex=True), _CURVES):
-        for key in keys:
-            logged = [r for r in records if key in r]
-            axes.plot(
-                [r["iteration"] for r in logged],
-                [r[key] for r in logged],
-                label=key.split("/")[-1],
-            )
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    axes.set_xlabel("iteration")
-    return figure
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
+    # Images as in a test, but with their objects.
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (
+        (cfg.INPUT.MIN_SIZE_TEST,),
+        cfg.INPUT.MAX_SIZE_TEST,
+    )
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
+    mapper, model = Mapper(cfg, is_train=True), build_model(cfg).eval()
+    if not isinstance(model, FreeAnchor):
+        raise FileError(f"{cfg.MODEL.META_ARCHITECTURE} has no bags: give a run of FreeAnchor")
+    images = [mapper(record) for record in records]
+    found: list[dict[str, Matching]] = [{} for _ in images]
+    for checkpoint in checkpoints:
+        Checkpointer(model, cfg).load(checkpoint, checkpointables=[])
+        for image, matchings in zip(images, found):
+            if len(image["instances"]):
+                inputs = model.preprocess_image([image]).tensor
+                features = model.backbone(inputs)
+                features = [features[name] for name in model.head_in_features]
+                logits, deltas = model._transpose_dense_predictions(
+                    model.head(features), [model.num_classes, 4]
+                )
+                objects = [image["instances"].to(model.device)]
+                (matchings[Path(checkpoint).stem],) = model.match(
+                    model.anchor_generator(features), logits, deltas, objects
+                )
+    pixels = [convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT) for x in images]
+    return list(zip(pixels, found))
 
 
-def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
+def write_pictures(
+    cfg: CfgNode, num_images: int, score_thresh: float, checkpoints: Sequence[str]
+) -> Path:
     """Write the pictures of the run in `cfg.OUTPUT_DIR`.
 
     Args:
         cfg: config of the run.
         num_images: images per data set of `cfg.DATASETS.TEST`, spread evenly over it.
-        score_thresh: see :func:`draw_detections`.
+        score_thresh: see :func:`freeanchor.drawing.draw_detections`.
+        checkpoints: whose matching is drawn.
 
     Returns:
         The folder with the pictures.
+
+    Raises:
+        FileError: see :func:`match_images`.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     pictures = output_dir / "pictures"
@@ -153,12 +138,17 @@ def write_pictures(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
         detections: dict[int, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
         for detection in json.loads(_results_file(cfg, name).read_text()):
             detections[detection["image_id"]].append(detection)
-        chosen = np.linspace(0, len(records) - 1, min(num_images, len(records)), dtype=int)
-        for record in (records[i] for i in chosen):
+        chosen = choose(records, num_images)
+        for record in chosen:
             drawn = draw_detections(
                 record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
             )
             Image.fromarray(drawn).save(pictures / f"{name}_{record['image_id']}.png")
+        if checkpoints:
+            for record, (image, matchings) in zip(chosen, match_images(cfg, checkpoints, chosen)):
+                if matchings:
+                    path = pictures / f"{name}_{record['image_id']}_matching.png"
+                    draw_matching(image, matchings).savefig(path, dpi=100)
     return pictures
 
 
@@ -174,6 +164,13 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--score-thresh", type=float, default=0.7)
+    parser.add_argument(
+        "--checkpoints",
+        nargs="*",
+        metavar="FILE",
+        help="draw the matching of these, side by side; a name is of a file in OUTPUT_DIR "
+        "(default: model_final.pth, if it is there and a FreeAnchor)",
+    )
     add_dataset_argument(parser)
     args = parser.parse_args()
     for name in ("config.yaml", "metrics.json"):
@@ -190,8 +187,19 @@ def main() -> None:
             parser.error(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
         if not _results_file(cfg, name).is_file():
             parser.error(f"there is no {_results_file(cfg, name)}: the run was not evaluated")
-    pictures = write_pictures(cfg, args.num_images, args.score_thresh)
-    print(f"Detections beside ground truth and the curves of the training are in {pictures}")
+    checkpoints = args.checkpoints
+    if checkpoints is None:
+        is_there = (args.output_dir / "model_final.pth").is_file()
+        is_freeanchor = cfg.MODEL.META_ARCHITECTURE == "FreeAnchor"
+        checkpoints = ["model_final.pth"] if is_there and is_freeanchor else []
+    checkpoints = [
+        str(args.output_dir / x) if (args.output_dir / x).is_file() else x for x in checkpoints
+    ]
+    try:
+        pictures = write_pictures(cfg, args.num_images, args.score_thresh, checkpoints)
+    except FileError as e:
+        parser.error(str(e))
+    print(f"Detections beside ground truth, matching and curves are in {pictures}")
 
 
 if __name__ == "__main__":
