@@ -65,7 +65,10 @@ class Trainer(DefaultTrainer):
                 MultiScaleTest(cfg, model),
                 [box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
             )
-            results.update({f"{name}_TTA": result for name, result in augmented.items()})
+            several = len(cfg.DATASETS.TEST) > 1  # then the tasks are under the data sets
+            for name in cfg.DATASETS.TEST if several else ("",):
+                tasks, more = (results[name], augmented[name]) if several else (results, augmented)
+                tasks.update({f"{task}_TTA": result for task, result in more.items()})
         return results
 
     def build_hooks(self) -> list[Any]:

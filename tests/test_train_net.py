@@ -290,17 +290,21 @@ def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path
     assert "MODEL.WEIGHTS is empty" in (output / "log.txt").read_text()
 
 
-def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, caplog):
+@pytest.mark.parametrize("several", [False, True])
+def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, several):
     """NMS recall, parts of AP and test-time augmentation, each beside the others."""
     register, names = data_options
+    names = [*names[:3], "('val','train')"] if several else names
     options = [*names, *TINY, "TEST.NMS_RECALL", "True", "TEST.AUG.ENABLED", "True"]
     options += ["TEST.AUG.MIN_SIZES", "(64, 96)", "OUTPUT_DIR", tmp_path / "output"]
     train_net(*register, *options)
     (metrics,) = (
-        x for x in visualize.read_metrics(tmp_path / "output" / "metrics.json") if "bbox/AP" in x
+        x
+        for x in visualize.read_metrics(tmp_path / "output" / "metrics.json")
+        if "bbox/AP" in x or "val/bbox/AP" in x
     )
     for name in ("nms_recall/NR", "aspect_ratio/AP>5", "crowding/AR0", "bbox_TTA/AP"):
-        assert name in metrics
+        assert (f"train/{name}" if several else name) in metrics
     for folder in ("inference", "inference_TTA"):
         path = tmp_path / "output" / folder / "val" / "coco_instances_results.json"
         assert json.loads(path.read_text())

@@ -25,7 +25,14 @@ from .drawing import draw_curves, draw_detections, draw_matching
 from .files import FileError, read_config
 from .model import FreeAnchor, Matching
 
-__all__ = ["choose", "match_images", "read_metrics", "write_pictures"]
+__all__ = [
+    "choose",
+    "match_images",
+    "read_detections",
+    "read_metrics",
+    "read_run",
+    "write_pictures",
+]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -135,9 +142,7 @@ def write_pictures(
     draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
-        detections: dict[int, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
-        for detection in json.loads(_results_file(cfg, name).read_text()):
-            detections[detection["image_id"]].append(detection)
+        detections = read_detections(cfg, name, records)
         chosen = choose(records, num_images)
         for record in chosen:
             drawn = draw_detections(
@@ -152,8 +157,40 @@ def write_pictures(
     return pictures
 
 
+def read_detections(
+    cfg: CfgNode, name: str, records: list[dict[str, Any]]
+) -> dict[Any, list[dict[str, Any]]]:
+    """Read the detections of a run, in COCO's result format, by `image_id` of the records."""
+    detections: dict[Any, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
+    for detection in json.loads(_results_file(cfg, name).read_text()):
+        detections[detection["image_id"]].append(detection)
+    return detections
+
+
 def _results_file(cfg: CfgNode, name: str) -> Path:
     return Path(cfg.OUTPUT_DIR) / "inference" / name / "coco_instances_results.json"
+
+
+def read_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> CfgNode:
+    """The config of the finished run in `args.output_dir`, whose data sets are then registered.
+
+    Ends with the parser's error where something that the run should have is not there.
+    """
+    for name in ("config.yaml", "metrics.json"):
+        if not (args.output_dir / name).is_file():
+            parser.error(f"{args.output_dir} has no {name}: it is not the output of a training")
+    try:
+        cfg = read_config(args.output_dir / "config.yaml")
+        register_datasets(args.dataset)
+    except (DatasetError, FileError) as e:
+        parser.error(str(e))
+    cfg.OUTPUT_DIR = str(args.output_dir)
+    for name in cfg.DATASETS.TEST:
+        if name not in DatasetCatalog.list():
+            parser.error(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
+        if not _results_file(cfg, name).is_file():
+            parser.error(f"there is no {_results_file(cfg, name)}: the run was not evaluated")
+    return cfg
 
 
 def main() -> None:
@@ -173,20 +210,7 @@ def main() -> None:
     )
     add_dataset_argument(parser)
     args = parser.parse_args()
-    for name in ("config.yaml", "metrics.json"):
-        if not (args.output_dir / name).is_file():
-            parser.error(f"{args.output_dir} has no {name}: it is not the output of a training")
-    try:
-        cfg = read_config(args.output_dir / "config.yaml")
-        register_datasets(args.dataset)
-    except (DatasetError, FileError) as e:
-        parser.error(str(e))
-    cfg.OUTPUT_DIR = str(args.output_dir)
-    for name in cfg.DATASETS.TEST:
-        if name not in DatasetCatalog.list():
-            parser.error(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
-        if not _results_file(cfg, name).is_file():
-            parser.error(f"there is no {_results_file(cfg, name)}: the run was not evaluated")
+    cfg = read_run(parser, args)
     checkpoints = args.checkpoints
     if checkpoints is None:
         is_there = (args.output_dir / "model_final.pth").is_file()
