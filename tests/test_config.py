@@ -27,6 +27,7 @@ EXPECTED = {
     "X_101_64x4d_FPN_j2x": (101, (64, 4), 180000, JITTER),
     "X_101_64x4d_FPN_e2x": (101, (64, 4), 180000, ENHANCED),
 }
+EXPECTED.update({f"{name}_ms": EXPECTED[name] for name in ("R_101_FPN_e2x", "X_101_64x4d_FPN_e2x")})
 
 
 def load(path):
