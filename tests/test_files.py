@@ -303,6 +303,14 @@ def test_config_with_python_objects(tmp_path, monkeypatch):
     assert canary.is_dir()
 
 
+def test_config_that_reads_pickles(tmp_path):
+    """Detectron2 unpickles what DATASETS.PROPOSAL_FILES_TEST names, if the config asks for it."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text("MODEL:\n  LOAD_PROPOSALS: True\nVERSION: 2\n")
+    with pytest.raises(FileError, match=r"hostile\.yaml: MODEL\.LOAD_PROPOSALS"):
+        read_config(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

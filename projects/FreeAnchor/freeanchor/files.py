@@ -66,7 +66,8 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
     """Merge a yaml file into a config, like `cfg.merge_from_file` but never by unsafe loading.
 
     Raises:
-        FileError: the file is not there or no yaml, holds Python objects, or unknown keys.
+        FileError: the file is not there or no yaml, holds Python objects or unknown keys, or makes
+            Detectron2 read pickles.
     """
     try:
         cfg.merge_from_file(str(path), allow_unsafe=_is_unsafe_allowed())
@@ -77,14 +78,14 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
         ) from e
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise FileError(f"{path} cannot be read: {e}") from e
-    except (
-        AssertionError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as e:  # yacs, Detectron2
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+        # What yacs and Detectron2 make of unknown keys and of values of another type.
         raise FileError(f"{path}: {e.args[0] if e.args else e!r}") from e
+    if cfg.MODEL.LOAD_PROPOSALS and not _is_unsafe_allowed():
+        raise FileError(
+            f"{path}: MODEL.LOAD_PROPOSALS has Detectron2 read pickles, which could run code; "
+            "FreeAnchor needs no proposals, so leave it out"
+        )
 
 
 def find(path: str) -> str:
