@@ -66,6 +66,20 @@ def test_hostile_checkpoint(tmp_path, monkeypatch, name):
     assert canary.is_dir()
 
 
+def test_old_pytorch(tmp_path, monkeypatch, caplog):
+    """Before 2.6, weights_only can be made to run code, and before 2.10 to corrupt memory."""
+    path = tmp_path / "a.pth"
+    path.write_bytes(torch_file({"model": TENSORS}))
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    with pytest.raises(FileError, match=r"a\.pth is not read: .* 2\.6 or newer"):
+        read_checkpoint(str(path))
+    for version in ("2.9.1", "2.10.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert read_checkpoint(str(path))["model"].keys() == TENSORS.keys()
+    assert "PyTorch 2.9.1 (CVE-2026-24747)" in caplog.text
+    assert "2.10.0" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:'torch.load'")
 def test_torchscript_is_no_checkpoint(tmp_path):
     """A program in a .pth is refused as one."""

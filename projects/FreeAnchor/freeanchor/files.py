@@ -6,13 +6,13 @@ make. Who trusts the source of another file sets FREEANCHOR_UNSAFE_LOAD=1: an en
 because a config could set a config key.
 """
 
-import contextlib
 import json
+import logging
 import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ __all__ = [
     "read_config",
     "write_checkpoint",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Entry of a checkpoint: the config keys that its weights need, see :mod:`freeanchor.convert`.
 CONFIG_KEY = "freeanchor_config"
@@ -128,6 +130,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         read = _read_torch
     try:
         checkpoint = read(path)
+    except FileError:
+        raise
     except OSError as e:
         raise FileError(f"{path} cannot be read: {e}") from e
     except _RefusedError as e:
@@ -189,8 +193,20 @@ def _read_safetensors(path: str) -> dict[str, Any]:
 def _read_torch(path: str) -> Any:
     if _is_unsafe_allowed():
         return torch.load(path, map_location="cpu", weights_only=False)
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 6):
+        raise FileError(
+            f"{path} is not read: checkpoints can make PyTorch {torch.__version__} run code "
+            f"(CVE-2025-32434). Update it to 2.6 or newer. {_OPT_IN}"
+        )
+    if version < (2, 10):
+        logger.warning(
+            f"Checkpoints can corrupt the memory of PyTorch {torch.__version__} (CVE-2026-24747): "
+            "before you read one that you do not trust, update it to 2.10 or newer"
+        )
+    named: list[Any] = [(value, name) for name, value in {**_PLAIN, **_MMENGINE}.items()]
     try:
-        with _plain_globals():
+        with torch.serialization.safe_globals(named):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as e:
         # Only PyTorch's words tell a file that is refused from one that is damaged.
@@ -291,8 +307,11 @@ def _arrays(value: Any) -> Any:
     return value.array if isinstance(value, _Array) else value
 
 
+# What MMEngine keeps beside the weights is read over.
+
+
 class _Log:
-    """Stands in for MMEngine's `HistoryBuffer`, of which its checkpoints keep the logs of a run."""
+    """Stands in for its `HistoryBuffer`, the logs of a run."""
 
 
 def _no_method(*_: Any) -> None:
@@ -304,17 +323,6 @@ _MMENGINE: dict[str, Callable[..., Any]] = {
     "__builtin__.getattr": _no_method,
     "builtins.getattr": _no_method,
 }
-
-
-@contextlib.contextmanager
-def _plain_globals() -> Iterator[None]:
-    """Let `torch.load` read over the arrays and logs that MMEngine keeps beside the weights."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # it knows no stand-ins yet
-        yield
-        return
-    named = {**_PLAIN, **_MMENGINE}
-    with torch.serialization.safe_globals([(value, name) for name, value in named.items()]):
-        yield
 
 
 _READERS = {
