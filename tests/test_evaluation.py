@@ -394,7 +394,7 @@ def test_nms_recall_of_several_processes(nms_case, tmp_path):
 
 def test_other_models_have_no_nms_recall(register):
     """The evaluator says which it is for."""
-    with pytest.raises(TypeError, match="got Linear"):
+    with pytest.raises(TypeError, match="Linear is not a RetinaNet"):
         NMSRecallEvaluator(register("a", []), torch.nn.Linear(1, 1))
 
 

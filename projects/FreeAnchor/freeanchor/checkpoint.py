@@ -8,12 +8,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .convert import to_detectron2
-from .files import CONFIG_KEY, FileError, find, read_checkpoint
+from .files import CONFIG_KEY, FileError, find, read_checkpoint, shorten
 
 __all__ = ["Checkpointer"]
 
 _PREDICTORS = ("head.cls_score.", "head.bbox_pred.")
-_MOST_NAMED = 10
 # Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
 # in the weight and bias instead.
 _COUNTER = ".num_batches_tracked"
@@ -133,7 +132,7 @@ class Checkpointer(DetectionCheckpointer):
             raise FileError(
                 f"The weights {self.path} are not of this model: they fill "
                 f"{len(names) - len(missing) - len(wrong)} of its {len(names)} tensors. "
-                + "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+                + "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
             )
         initialised = [k for k in names if k in missing or k in wrong]
         self.logger.info(
@@ -145,8 +144,3 @@ class Checkpointer(DetectionCheckpointer):
             )
         if surplus:
             self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from . import model  # noqa: F401  # registers what the configs name
 from .config import CONFIGS
-from .files import CONFIG_KEY, FileError, find, read_checkpoint, read_config, write_checkpoint
+from .files import (
+    CONFIG_KEY,
+    FileError,
+    find,
+    read_checkpoint,
+    read_config,
+    shorten,
+    write_checkpoint,
+)
 
 __all__ = ["Converted", "convert", "to_detectron2"]
 
@@ -32,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 _BACKBONE = "backbone.bottom_up."
 _NUM_CLASSES = "MODEL.RETINANET.NUM_CLASSES"
-_MOST_NAMED = 10
 _FROZEN_BATCH_NORM_EPS = 1e-5
 # Whether blocks are bottlenecks, and their number in each stage: the depth of a ResNet.
 _DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -198,7 +205,7 @@ class _Converter:
         if any(problems.values()):
             raise self.error(
                 "its tensors are not those of such a model; "
-                + "; ".join(f"{kind}: {_names(names)}" for kind, names in problems.items() if names)
+                + "; ".join(f"{k}: {shorten(sorted(v))}" for k, v in problems.items() if v)
             )
 
     def resnet_config(self) -> dict[str, Any]:
@@ -250,11 +257,6 @@ class _Converter:
 def _is_counter(name: str) -> bool:
     """Whether it counts the batches that a batch norm has seen: of no use to a frozen one."""
     return name.endswith(".num_batches_tracked")
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(sorted(names)[:_MOST_NAMED]) + more
 
 
 def _numbered(template: str, factor: int = 1, offset: int = 0) -> Callable[[re.Match[str]], str]:

@@ -23,6 +23,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .files import shorten
+
 __all__ = [
     "DatasetError",
     "Mapper",
@@ -41,7 +43,6 @@ _EXIF_ORIENTATION = 274
 # What the last bytes of a whole file have in them.
 _ENDINGS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 64
-_MOST_NAMED = 5
 
 
 class DatasetError(Exception):
@@ -125,7 +126,7 @@ def check_images(names: Sequence[str]) -> None:
     if problems:
         raise DatasetError(
             f"{_files(names)}: {len(problems)} of {len(dicts)} images cannot be used. "
-            f"{_first(problems)}. Correct the image directory or the annotation file"
+            f"{shorten(problems, '; ')}. Correct the image directory or the annotation file"
         )
 
 
@@ -146,7 +147,7 @@ def _classes(name: str) -> list[str]:
     if name not in DatasetCatalog.list():
         raise DatasetError(
             f"data set {name} is not known: register it with --dataset {name} ANNOTATIONS.json "
-            f"IMAGE_DIR, or use one of {', '.join(DatasetCatalog.list()[:_MOST_NAMED])}, ..."
+            f"IMAGE_DIR, or use one of {shorten(DatasetCatalog.list())}"
         )
     if MetadataCatalog.get(name).get("thing_classes") is None:
         _load([name])  # Detectron2 learns the classes of some data sets only then
@@ -220,7 +221,7 @@ def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str
         record["annotations"] = usable
         num_boxes += sum(not a.get("iscrowd", 0) for a in usable)
     if dropped:
-        logger.warning(f"Dropped {len(dropped)} boxes. {_first(dropped)}")
+        logger.warning(f"Dropped {len(dropped)} boxes. {shorten(dropped, '; ')}")
     if num_boxes == 0:
         raise DatasetError(
             f"{_files(names)}: no usable box in {len(dicts)} images ({len(dropped)} boxes "
@@ -280,11 +281,6 @@ def _is_turned(image: Image.Image) -> bool:
         return bool(image.getexif().get(_EXIF_ORIENTATION, 1) >= 5)
     except Exception:  # damaged EXIF, which Detectron2 ignores
         return False
-
-
-def _first(messages: Sequence[str]) -> str:
-    more = len(messages) - _MOST_NAMED
-    return "; ".join(messages[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Mapper(DatasetMapper):

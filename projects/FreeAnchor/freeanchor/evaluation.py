@@ -14,7 +14,6 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.layers import batched_nms
-from detectron2.modeling import RetinaNet
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils import comm
@@ -23,9 +22,8 @@ from detectron2.utils.logger import create_small_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .inference import candidates
+from .inference import candidates, dense_detector
 
 try:  # the same figures as pycocotools, much faster
     from faster_coco_eval import COCO
@@ -263,13 +261,7 @@ class NMSRecallEvaluator(DatasetEvaluator):
             dataset_name: a registered data set; crowd regions are left out.
             model: the RetinaNet or FreeAnchor that is then evaluated.
         """
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        if not isinstance(model, RetinaNet):
-            raise TypeError(
-                f"NMS recall is for RetinaNet and FreeAnchor, got {type(model).__name__}"
-            )
-        self.model = model
+        self.model = dense_detector(model)
         self.objects = {x["image_id"]: _objects(x) for x in DatasetCatalog.get(dataset_name)}
         self._hook: Any = None
         self._candidates: list[Instances] = []

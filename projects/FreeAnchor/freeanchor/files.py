@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "merge_config",
     "read_checkpoint",
     "read_config",
+    "shorten",
     "write_checkpoint",
 ]
 
@@ -40,12 +41,19 @@ logger = logging.getLogger(__name__)
 
 # Entry of a checkpoint: the config keys that its weights need, see :mod:`freeanchor.convert`.
 CONFIG_KEY = "freeanchor_config"
+_MOST_NAMED = 5
 _UNSAFE = "FREEANCHOR_UNSAFE_LOAD"
 _OPT_IN = f"If you trust where it comes from, set the environment variable {_UNSAFE}=1"
 
 
 class FileError(Exception):
     """A checkpoint or config cannot be used. The message names the file and says what to do."""
+
+
+def shorten(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first few of possibly many names or messages, and say how many more there are."""
+    more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    return separator.join([*names[:_MOST_NAMED], *more])
 
 
 def _is_unsafe_allowed() -> bool:

@@ -5,9 +5,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from detectron2.modeling import RetinaNet
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["candidates"]
+__all__ = ["candidates", "dense_detector"]
+
+
+def dense_detector(model: nn.Module) -> RetinaNet:
+    """The RetinaNet or FreeAnchor that a model is, possibly in DistributedDataParallel.
+
+    Raises:
+        TypeError: it is another one.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if not isinstance(model, RetinaNet):
+        raise TypeError(f"{type(model).__name__} is not a RetinaNet or FreeAnchor")
+    return model
 
 
 def candidates(

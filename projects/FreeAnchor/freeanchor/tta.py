@@ -9,13 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import batched_nms
-from detectron2.modeling import RetinaNet
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .inference import candidates
+from .inference import candidates, dense_detector
 from .model import inclusive_shift
 
 __all__ = ["MultiScaleTest"]
@@ -44,15 +42,11 @@ class MultiScaleTest(nn.Module):
             ValueError: there is no scale.
         """
         super().__init__()
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        if not isinstance(model, RetinaNet):
-            raise TypeError(f"{type(model).__name__} is not a RetinaNet or FreeAnchor")
         aug = cfg.TEST.AUG
         if not aug.MIN_SIZES:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: name a size of the shorter side")
-        self.model = model
-        self.inclusive_corners = getattr(model, "inclusive_corners", False)
+        self.model = dense_detector(model)
+        self.inclusive_corners = getattr(self.model, "inclusive_corners", False)
         self.flips = (False, True) if aug.FLIP else (False,)
         self.resizes = [
             ResizeShortestEdge(size, min(aug.MAX_SIZE, int(size * aug.MAX_SIZE_RATIO) or np.inf))
