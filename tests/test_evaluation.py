@@ -507,7 +507,7 @@ def test_memory_does_not_grow_with_the_number_of_scales(scene):
     model.backbone = Watched(model.backbone)
     MultiScaleTest(cfg, model)([image])
     assert len(most) == 8
-    assert max(most) <= 5  # those of the scale before, until they are replaced
+    assert max(most) == 0
 
 
 def test_longest_sides_of_the_official_recipe():

@@ -1,6 +1,5 @@
 """Multi-scale and flip testing of dense detectors, for which Detectron2 has none."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,10 @@ class MultiScaleTest(nn.Module):
     def _detect(self, image: dict[str, Any]) -> Instances:
         model = self.model
         pixels = self._read(image)
-        found = [x for resize in self.resizes for x in self._candidates(pixels, resize)]
+        found = []
+        for resize in self.resizes:
+            resized = resize.get_transform(pixels).apply_image(pixels)
+            found += [self._candidates(resized, flip) for flip in self.flips]
         size = found[0].image_size
         merged = Instances.cat([self._to_size(x, size) for x in found])
         boxes, scores, classes = merged.pred_boxes.tensor, merged.scores, merged.pred_classes
@@ -83,33 +85,26 @@ class MultiScaleTest(nn.Module):
             pixels = image["image"].permute(1, 2, 0).numpy()
         return np.asarray(pixels)
 
-    def _candidates(
-        self, pixels: np.ndarray[Any, Any], resize: ResizeShortestEdge
-    ) -> Iterator[Instances]:
-        """Those of one scale, then of its mirror image."""
+    def _candidates(self, pixels: np.ndarray[Any, Any], flip: bool) -> Instances:
+        """Those of the resized image, or of its mirror image; all else is freed on return."""
         model = self.model
-        resized = resize.get_transform(pixels).apply_image(pixels)
-        for flip in self.flips:
-            tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-            tensor = tensor.flip(2) if flip else tensor
-            images = model.preprocess_image([{"image": tensor}])
-            features = model.backbone(images.tensor)
-            features = [features[name] for name in model.head_in_features]
-            (found,) = candidates(
-                model,
-                features,
-                model.head(features),
-                images.image_sizes,
-                model.test_score_thresh,
-                model.test_topk_candidates,
-            )
-            if flip:
-                left, top, right, bottom = found.pred_boxes.tensor.unbind(1)
-                width = found.image_size[1]
-                found.pred_boxes = Boxes(
-                    torch.stack([width - right, top, width - left, bottom], dim=1)
-                )
-            yield found
+        tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        images = model.preprocess_image([{"image": tensor.flip(2) if flip else tensor}])
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        (found,) = candidates(
+            model,
+            features,
+            model.head(features),
+            images.image_sizes,
+            model.test_score_thresh,
+            model.test_topk_candidates,
+        )
+        if flip:
+            left, top, right, bottom = found.pred_boxes.tensor.unbind(1)
+            width = found.image_size[1]
+            found.pred_boxes = Boxes(torch.stack([width - right, top, width - left, bottom], dim=1))
+        return found
 
     def _to_size(self, found: Instances, size: tuple[int, int]) -> Instances:
         if found.image_size == size:
