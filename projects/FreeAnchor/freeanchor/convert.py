@@ -36,7 +36,7 @@ from .files import (
 
 __all__ = ["Converted", "convert", "to_detectron2"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("freeanchor.convert")  # also when run as __main__
 
 _BACKBONE = "backbone.bottom_up."
 _NUM_CLASSES = "MODEL.RETINANET.NUM_CLASSES"
