@@ -176,6 +176,23 @@ def test_caffe2(cfg, tmp_path, norm):
     assert torch.equal(last.weight, torch.tensor(blobs["res5_2_branch2c_w"]))
 
 
+@pytest.mark.parametrize("load", ["load", "load_start"])
+def test_old_checkpoints_of_detectron2(cfg, tmp_path, load):
+    """Its zoo's have pixels and anchors, which are the config's now; other pixels are refused."""
+    cfg, model = build(cfg)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    arrays["anchor_generator.cell_anchors.0"] = torch.zeros(9, 4).numpy()
+    arrays["pixel_mean"] = model.pixel_mean.numpy()
+    arrays["pixel_std"] = model.pixel_std.numpy()
+    content = {"model": arrays, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(content))
+    getattr(Checkpointer(model, cfg), load)(str(tmp_path / "zoo.pkl"))
+    cfg, model = build(cfg, "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    message = re.escape('add MODEL.PIXEL_STD "[57.375, 57.12, 58.395]"')
+    with pytest.raises(FileError, match=message):
+        getattr(Checkpointer(model, cfg), load)(str(tmp_path / "zoo.pkl"))
+
+
 def test_config_that_does_not_fit_the_weights(tmp_path):
     """It is refused, and the message has the options to add, on the fly and after conversion."""
     converted = convert.convert(read_checkpoint(MMDET), MMDET)

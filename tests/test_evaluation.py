@@ -334,15 +334,16 @@ def test_evaluating_nms_recall_does_not_change_detections(nms_case):
         assert torch.equal(a["instances"].scores, b["instances"].scores)
 
 
-def test_nms_recall_by_hand(register, monkeypatch, model):
+def test_nms_recall_by_hand(register, model):
     """Two objects of one class that overlap: NMS removes the box of the second."""
-    name = register(
-        "two", [(1, 0, (10, 10, 100, 100), False), (1, 0, (40, 10, 100, 100), False)], 1
-    )
+    objects = [(10, 10, 100, 100), (40, 10, 100, 100), (200, 150, 64, 64)]
+    name = register("three", [(1, 0, box, False) for box in objects], 1)
+    # The third object is found with IoU 0.5, which is not above any threshold.
     # IoU of the objects is 7/13; the boxes are the objects, and a worse one of another class.
-    boxes = [[10, 10, 110, 110], [40, 10, 140, 110], [40, 10, 140, 82]]
+    boxes = [[10, 10, 110, 110], [40, 10, 140, 110], [40, 10, 140, 82], [200, 150, 264, 182]]
     found = Instances((300, 400), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
-    found.scores, found.pred_classes = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 1])
+    found.scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    found.pred_classes = torch.tensor([0, 0, 1, 0])
     evaluator = NMSRecallEvaluator(name, model)
     evaluator.reset()
     evaluator._candidates = [found]

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
@@ -17,6 +18,7 @@ _PREDICTORS = ("head.cls_score.", "head.bbox_pred.")
 # in the weight and bias instead.
 _COUNTER = ".num_batches_tracked"
 _STATISTICS = (".running_mean", ".running_var")
+_PIXELS = ("pixel_mean", "pixel_std")
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
@@ -108,6 +110,19 @@ class Checkpointer(DetectionCheckpointer):
                 f"The weights {self.path} need another model than the config makes: add {options}, "
                 "or use the config that `python -m freeanchor.convert` writes for them"
             )
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        # Detectron2's older checkpoints, its zoo among them, have the values of these two keys.
+        for name in _PIXELS:
+            theirs, ours = checkpoint["model"].pop(name, None), getattr(self.model, name, None)
+            if theirs is not None and ours is not None:
+                theirs = torch.as_tensor(theirs).flatten()
+                if not torch.allclose(theirs, ours.flatten().to(theirs)):
+                    raise FileError(
+                        f"The weights {self.path} need another model than the config makes: add "
+                        f'MODEL.{name.upper()} "{[round(x, 4) for x in theirs.tolist()]}"'
+                    )
+        return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""
