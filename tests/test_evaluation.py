@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from freeanchor import data, evaluation
+from freeanchor import data, evaluation, inference
 from freeanchor.evaluation import BoxEvaluator, NMSRecallEvaluator, aspect_ratios, crowding
 from freeanchor.tta import MultiScaleTest
 from PIL import Image
@@ -311,6 +311,8 @@ def test_nms_recall_is_the_slow_one(nms_case):
     model, name, inputs, found = nms_case
     objects = evaluation.NMSRecallEvaluator(name, model).objects
     truth = [objects[x["image_id"]].tensor / 3.125 for x in inputs]
+    annotations = [a for x in DatasetCatalog.get(name) for a in x["annotations"]]
+    assert sum(map(len, truth)) == sum(not a["iscrowd"] for a in annotations) < len(annotations)
     expected = slow_nms_recall(found, truth)
     model.max_detections_per_image = 3
     model.test_topk_candidates = 5
@@ -319,6 +321,21 @@ def test_nms_recall_is_the_slow_one(nms_case):
     assert list(results.values()) == pytest.approx(expected, abs=1e-3)
     assert len({round(x, 3) for x in expected}) > 3
     assert not model.head._forward_hooks
+
+
+@torch.no_grad()
+def test_candidates_without_limits(nms_case):
+    """Every pair of anchor and class is there, and a limit is one per level."""
+    model, _, inputs, _ = nms_case
+    features = model.backbone(model.preprocess_image(inputs).tensor)
+    features = [features[name] for name in model.head_in_features]
+    predictions = model.head(features)
+    sizes = [(96, 128)] * len(inputs)
+    per_level = [x[0].numel() for x in predictions[0]]
+    assert per_level[0] > 1000
+    for topk, expected in ((None, sum(per_level)), (20, sum(min(20, n) for n in per_level))):
+        found = list(inference.candidates(model, features, predictions, sizes, 0.0, topk))
+        assert [len(x) for x in found] == [expected] * len(inputs)
 
 
 def test_evaluating_nms_recall_does_not_change_detections(nms_case):
