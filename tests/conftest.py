@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from freeanchor import data
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,6 +67,23 @@ def model(cfg):
     return build_model(cfg)
 
 
+@torch.no_grad()
+def make_it_detect(model):
+    """Give a random model some scores above 0.05, and boxes off its anchors."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # statistics of the one batch below
+    predictors = {model.head.cls_score: (-4.2, 0.7), model.head.bbox_pred: (0.0, 0.7)}
+    for predictor in predictors:
+        torch.nn.init.normal_(predictor.weight)
+    features = model.train().backbone(torch.randn(4, 3, 128, 160))
+    outputs = model.head([features[name] for name in model.head_in_features])
+    for levels, (predictor, (mean, std)) in zip(outputs, predictors.items()):
+        predictor.weight *= std / levels[0].std()
+        predictor.bias.fill_(mean)
+    model.eval()
+
+
 def instances(boxes, classes, image_size=(64, 64)):
     """Ground truth of one image as Detectron2's mapper makes it."""
     result = Instances(image_size)
@@ -107,3 +125,11 @@ def coco(tmp_path):
         return name, str(tmp_path / f"{name}.json"), str(folder)
 
     return write
+
+
+@pytest.fixture
+def dataset(coco):
+    """A registered data set of two classes: its name, annotations and folder."""
+    triple = coco(category_ids=(3, 9))
+    data.register_datasets([triple])
+    return triple
