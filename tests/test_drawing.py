@@ -77,6 +77,7 @@ def test_drawing_of_a_matching():
         corner = matching.anchors[i, 2, :2] - 0.5
         assert thickest.get_xy() == pytest.approx(corner.tolist())
         assert "P = 0.4" in axes.get_title()
+        assert axes.patches[4] is thickest  # after the others, so that they do not hide it
     assert len(first.patches) == 5 + 2  # its bag, the winner once more, and the object
     assert len(figure.axes[2].patches) == 1 + 2
     assert drawing.to_image(figure).ndim == 3
