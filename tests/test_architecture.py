@@ -59,6 +59,14 @@ def test_unknown_source_of_p6():
         build("MODEL.FREEANCHOR.P6_IN_FEATURE", "res4")
 
 
+@pytest.mark.parametrize(("key", "value"), [("P6_IN_FEATURE", "p5"), ("P7_RELU", False)])
+def test_backbone_that_ignores_the_keys(key, value):
+    """Weights that need them would detect something else, without a word."""
+    name = ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")
+    with pytest.raises(ValueError, match="set it to build_freeanchor_resnet_fpn_backbone"):
+        build(*name, f"MODEL.FREEANCHOR.{key}", value)
+
+
 def rounded_generator():
     cfg = quick_cfg()
     cfg.MODEL.ANCHOR_GENERATOR.NAME = "RoundedAnchorGenerator"

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from .architecture import RoundedAnchorGenerator
+from .architecture import RoundedAnchorGenerator, TopBlock
 from .losses import bag_logit, positive_bag_loss
 from .matching import encode_boxes, matched_log_probability
 from .ops import box_prob, iou_topk, negative_bag_loss, take
@@ -108,6 +108,13 @@ class FreeAnchor(RetinaNet):
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         ret: dict[str, Any] = super().from_config(cfg)
+        keys = cfg.MODEL.FREEANCHOR
+        is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU
+        if not is_default and not isinstance(getattr(ret["backbone"], "top_block", None), TopBlock):
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} ignores MODEL.FREEANCHOR."
+                "P6_IN_FEATURE and P7_RELU: set it to build_freeanchor_resnet_fpn_backbone"
+            )
         ret["anchor_matcher"] = None  # objects choose their anchors, no IoU rule does
         ret["pre_anchor_topk"] = cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK
         ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
