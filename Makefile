@@ -71,7 +71,7 @@ detectron2:
 	|| $(call fail,could not install Detectron2: run make again)
 
 # With the C++ operators, and those for CUDA where there are nvcc and a GPU or FORCE_CUDA=1.
-CSRC := $(wildcard projects/FreeAnchor/freeanchor/csrc/*.* projects/FreeAnchor/freeanchor/csrc/*/*)
+CSRC := $(wildcard projects/FreeAnchor/freeanchor/layers/csrc/*.* projects/FreeAnchor/freeanchor/layers/csrc/*/*)
 $(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml $(CSRC)
 	@$(PIP) install --no-deps --no-build-isolation -e . || $(call fail,could not install freeanchor)
 	@touch $@
@@ -80,7 +80,7 @@ $(VENV)/.package: $(VENV)/.detectron2 setup.cfg setup.py pyproject.toml $(CSRC)
 cuda: setup
 	@FORCE_CUDA=1 $(PY) setup.py -q build_ext --build-temp build/cuda/temp --build-lib build/cuda \
 	|| $(call fail,could not compile the CUDA kernels)
-	@$(PY) -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda/freeanchor/_C*"))'
+	@$(PY) -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda/freeanchor/layers/_C*"))'
 
 demo: setup
 	@$(PY) -m freeanchor.shapes $(DEMO)/data
@@ -95,8 +95,7 @@ demo: setup
 
 test: setup
 	@$(PY) -m pytest
-	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/test_ops.py tests/test_losses.py \
-	tests/test_matching.py tests/test_model.py
+	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/layers tests/test_model.py
 
 lint: setup
 	@$(PY) -m ruff check

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-CSRC = Path("projects/FreeAnchor/freeanchor/csrc")
+CSRC = Path("projects/FreeAnchor/freeanchor/layers/csrc")
 
 try:
     import torch
@@ -38,7 +38,7 @@ else:
     setup(
         ext_modules=[
             extension(
-                "freeanchor._C",
+                "freeanchor.layers._C",
                 sorted(map(str, sources)),
                 py_limited_api=True,
                 extra_compile_args=flags,

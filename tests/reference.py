@@ -5,4 +5,4 @@ As where the extension is not built. The folder of this file must be in PYTHONPA
 
 import sys
 
-sys.modules["freeanchor._C"] = None  # type: ignore[assignment]  # it cannot be found
+sys.modules["freeanchor.layers._C"] = None  # type: ignore[assignment]  # it cannot be found

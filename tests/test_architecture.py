@@ -8,7 +8,7 @@ import torch
 from conftest import instances, quick_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_model
-from freeanchor import ops
+from freeanchor.layers import ops
 from torch.nn import functional as F
 
 

@@ -17,8 +17,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from freeanchor import FreeAnchor, matching
-from freeanchor import losses as losses_module
+from freeanchor import FreeAnchor
+from freeanchor.layers import matching
+from freeanchor.layers import losses as losses_module
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

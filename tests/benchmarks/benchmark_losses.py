@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if "--part=reference" in sys.argv:
-    sys.modules["freeanchor._C"] = None  # for Python, such a module does not exist
+    sys.modules["freeanchor.layers._C"] = None  # for Python, such a module does not exist
 
 import freeanchor  # isort: skip  # makes Detectron2 importable
 import torch
@@ -47,7 +47,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from freeanchor import ops
+from freeanchor.layers import ops
 
 CONFIG = Path(__file__).parents[2] / "configs/COCO-Detection/free_anchor_R_50_FPN_1x.yaml"
 OBJECTS = [7, 30, 100]  # per image; COCO has 7

@@ -13,9 +13,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from .architecture import RoundedAnchorGenerator, TopBlock
-from .losses import bag_logit, positive_bag_loss
-from .matching import encode_boxes, matched_log_probability
-from .ops import box_prob, iou_topk, negative_bag_loss, take
+from .layers.losses import bag_logit, positive_bag_loss
+from .layers.matching import encode_boxes, matched_log_probability
+from .layers.ops import box_prob, iou_topk, negative_bag_loss, take
 
 __all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
 
@@ -43,7 +43,7 @@ class Matching(NamedTuple):
 
 
 class _Bags(NamedTuple):
-    """The bags of the M objects of a batch; indices as in :mod:`freeanchor.matching`."""
+    """The bags of the M objects of a batch; indices as in :mod:`freeanchor.layers.matching`."""
 
     levels: list[Tensor]  # anchors, as the search takes them
     counts: list[int]  # objects of each image

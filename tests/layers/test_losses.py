@@ -6,7 +6,7 @@ import paper
 import pytest
 import torch
 import torch.nn.functional as F
-from freeanchor import losses, ops
+from freeanchor.layers import losses, ops
 
 
 def naive_mean_max(prob):

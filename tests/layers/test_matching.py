@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, pairwise_iou
-from freeanchor import matching, ops
+from freeanchor.layers import matching, ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -71,7 +71,7 @@ def negative_bag_loss(
     Args:
         logits: L levels (N, ..., C) of class logits.
         cells: (S,) int64 distinct indices of the elements of the levels where P{a in A+} is not 0.
-        prob: (S,) P{a in A+} there, see :func:`freeanchor.matching.box_prob`.
+        prob: (S,) P{a in A+} there, see :func:`freeanchor.layers.matching.box_prob`.
         bag: int64 indices of the logits that the positive loss needs, of any shape.
         gamma: focusing parameter, at least 1.
         scale: factor of the loss.

@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from freeanchor import losses, matching, ops
+from freeanchor.layers import losses, matching, ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CLAMP = math.log(1000 / 16)
-ON_REFERENCE = sys.modules.get("freeanchor._C", ...) is None
+ON_REFERENCE = sys.modules.get("freeanchor.layers._C", ...) is None
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))][:3]
 # The same examples in every run: a rounding next to a threshold must not fail one run of many.
 FUZZ = settings(max_examples=2000, deadline=None, derandomize=True)

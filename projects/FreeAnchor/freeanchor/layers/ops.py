@@ -89,7 +89,7 @@ _negative_bag_loss = _define(
 
 
 def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
-    """:func:`freeanchor.matching.iou_topk`, checked and fast.
+    """:func:`freeanchor.layers.matching.iou_topk`, checked and fast.
 
     The memory that it needs does not depend on the number of anchors. Where all levels are grids,
     the kernels read no anchors but those of the first row and column of each.
@@ -122,7 +122,7 @@ def box_prob(
     scale_clamp: float,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`freeanchor.matching.box_prob`, checked and fast.
+    """:func:`freeanchor.layers.matching.box_prob`, checked and fast.
 
     Raises:
         ValueError: a wrong shape, dtype or device, boxes that are not finite or inverted, classes
@@ -177,7 +177,7 @@ def _(
 
 
 def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    """:func:`freeanchor.matching.take` with a gradient.
+    """:func:`freeanchor.layers.matching.take` with a gradient.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or an index out of range.
@@ -222,7 +222,7 @@ def negative_bag_loss(
     gamma: float = 2.0,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`freeanchor.losses.negative_bag_loss` with a gradient.
+    """:func:`freeanchor.layers.losses.negative_bag_loss` with a gradient.
 
     The logits at `bag` are returned by the same operator so that there is one gradient of the
     logits, into which those of the bags are added. As an operator of their own they would cost a
