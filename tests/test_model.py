@@ -18,8 +18,8 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from freeanchor import FreeAnchor
-from freeanchor.layers import matching
 from freeanchor.layers import losses as losses_module
+from freeanchor.layers import matching
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
