@@ -83,19 +83,19 @@ cuda: setup
 	@$(PY) -c 'import glob, torch; torch.ops.load_library(*glob.glob("build/cuda/freeanchor/layers/_C*"))'
 
 demo: setup
-	@$(PY) -m freeanchor.shapes $(DEMO)/data
+	@$(PY) -m freeanchor shapes $(DEMO)/data
 	@$(PY) train_net.py --config-file configs/quick/free_anchor_R_18_FPN.yaml \
 	--dataset shapes_train $(DEMO)/data/train.json $(DEMO)/data/images \
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images \
 	DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)" \
 	INPUT.MIN_SIZE_TRAIN "(256,)" INPUT.MIN_SIZE_TEST 256 \
 	SOLVER.MAX_ITER 400 OUTPUT_DIR $(DEMO) $(DEMO_OPTS)
-	@$(PY) -m freeanchor.visualize $(DEMO) \
+	@$(PY) -m freeanchor visualize $(DEMO) \
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images
 
 test: setup
 	@$(PY) -m pytest
-	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/layers tests/test_model.py
+	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/layers tests/modeling/test_meta_arch.py
 
 lint: setup
 	@$(PY) -m ruff check

@@ -16,7 +16,7 @@ from freeanchor import data
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
-DATA = Path(__file__).parent / "data"
+GOLDEN = Path(__file__).parent / "golden"
 QUICK = REPOSITORY / "configs" / "quick" / "free_anchor_R_18_FPN.yaml"
 
 
@@ -133,3 +133,38 @@ def dataset(coco):
     triple = coco(category_ids=(3, 9))
     data.register_datasets([triple])
     return triple
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Registers objects, (image, class, box, crowd), as a data set of 400 x 300 pixel images."""
+
+    def write(name, objects, num_images=2, category_ids=(3, 7, 8)):
+        content = {
+            "images": [
+                {"id": i, "file_name": f"{i}.png", "width": 400, "height": 300}
+                for i in range(1, num_images + 1)
+            ],
+            "categories": [{"id": i, "name": f"class {i}"} for i in category_ids],
+            "annotations": [
+                {
+                    "id": i,
+                    "image_id": image,
+                    "category_id": category_ids[c],
+                    "bbox": list(map(float, box)),
+                    "area": float(box[2] * box[3]),
+                    "iscrowd": int(crowd),
+                }
+                for i, (image, c, box, crowd) in enumerate(objects, start=1)
+            ],
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(1, num_images + 1):
+            Image.new("RGB", (400, 300)).save(folder / f"{i}.png")
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        data.register_datasets([(name, str(tmp_path / f"{name}.json"), str(folder))])
+        DatasetCatalog.get(name)  # fills the metadata
+        return name
+
+    return write

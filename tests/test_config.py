@@ -8,7 +8,10 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from freeanchor import FreeAnchor, catalog
+from freeanchor import FreeAnchor
+from freeanchor.checkpoint import catalog
+from freeanchor.config import read_config
+from freeanchor.errors import FileError
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
 MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*.yaml"))
@@ -117,3 +120,51 @@ def test_one_gpu_scales_the_schedule():
     assert cfg.SOLVER.IMS_PER_BATCH == 2
     assert pytest.approx(0.01 / 8) == cfg.SOLVER.BASE_LR
     assert cfg.SOLVER.WARMUP_ITERS == 4000
+
+
+def test_config_with_python_objects(tmp_path, monkeypatch):
+    """Detectron2 would run it; here it is run only by who says so. Also in a _BASE_."""
+    canary = tmp_path / "canary"
+    base, leaf = tmp_path / "base.yaml", tmp_path / "leaf.yaml"
+    base.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{canary}']\nVERSION: 2\n")
+    leaf.write_text('_BASE_: "base.yaml"\nSEED: 1\n')
+    for path in (base, leaf):
+        with pytest.raises(FileError, match="Python objects could run code"):
+            read_config(path)
+    assert not canary.exists()
+    monkeypatch.setenv("FREEANCHOR_UNSAFE_LOAD", "1")
+    read_config(leaf)
+    assert canary.is_dir()
+
+
+def test_config_that_reads_pickles(tmp_path):
+    """Detectron2 unpickles what DATASETS.PROPOSAL_FILES_TEST names, if the config asks for it."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text("MODEL:\n  LOAD_PROPOSALS: True\nVERSION: 2\n")
+    with pytest.raises(FileError, match=r"hostile\.yaml: MODEL\.LOAD_PROPOSALS"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: [", "cannot be read"),
+        ("MODEL:\n  NO_SUCH_KEY: 1\nVERSION: 2", r"Non-existent config key: MODEL\.NO_SUCH_KEY"),
+        ("SEED: many\nVERSION: 2", "SEED"),
+        ("\x00", "cannot be read"),
+        ("", "."),
+        ("just text", "."),
+    ],
+)
+def test_bad_configs(tmp_path, text, message):
+    """The file is named, and what is wrong with it."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(FileError, match=rf"(?s)bad\.yaml.*{message}"):
+        read_config(path)
+
+
+def test_missing_config(tmp_path):
+    """Its name is in the message."""
+    with pytest.raises(FileError, match=r"none\.yaml"):
+        read_config(tmp_path / "none.yaml")

@@ -11,14 +11,13 @@ import threading
 
 import pytest
 import torch
-from conftest import DATA, REPOSITORY
+from conftest import GOLDEN, REPOSITORY
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
-from freeanchor import catalog, model_zoo
-from freeanchor.checkpoint import Checkpointer
-from freeanchor.convert import convert
-from freeanchor.files import FileError, read_checkpoint
+from freeanchor import model_zoo
+from freeanchor.checkpoint import Checkpointer, catalog, convert, read_checkpoint
+from freeanchor.errors import FileError
 
 R_50 = "MMDetection/free_anchor_R_50_FPN_1x.yaml"
 
@@ -67,7 +66,7 @@ def test_addresses():
 
 def test_download_is_checked_converted_and_cached(server, monkeypatch):
     """The first use downloads, the second does not, and the weights are those of the source."""
-    source = DATA / "mmdet_r50.pth"
+    source = GOLDEN / "mmdet_r50.pth"
     publish(server, monkeypatch, "tiny", source.read_bytes())
     path = PathManager.get_local_path("mmdet://tiny")
     expected = convert(read_checkpoint(str(source)), "tiny")
@@ -104,7 +103,7 @@ def test_download_that_is_not_what_its_name_says(server, monkeypatch):
 
 def test_download_of_unsafe_or_foreign_content(server, monkeypatch):
     """A right hash does not make content right."""
-    for content in (b"no checkpoint", (DATA / "mmdet_r50_outputs.npz").read_bytes()):
+    for content in (b"no checkpoint", (GOLDEN / "mmdet_r50_outputs.npz").read_bytes()):
         publish(server, monkeypatch, "tiny", content)
         with pytest.raises(FileError, match=r"model-\w+\.pth is damaged"):
             PathManager.get_local_path("mmdet://tiny")
@@ -131,7 +130,7 @@ def test_weights_from_http(server, cfg, model):
 
 def published(config, make):
     """A checkpoint with the names and shapes of MMDetection's for a config, by a function."""
-    small = read_checkpoint(str(DATA / "mmdet_r50.pth"))["state_dict"]
+    small = read_checkpoint(str(GOLDEN / "mmdet_r50.pth"))["state_dict"]
     cfg = model_zoo.get_config(config)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):

@@ -1,8 +1,20 @@
-"""FreeAnchor for Detectron2. Importing it registers the meta-architecture `FreeAnchor`."""
+"""FreeAnchor for Detectron2. Importing it registers what the configs name."""
 
-from . import compat  # noqa: F401  # isort: skip  # before anything that imports Detectron2
-from . import catalog  # noqa: F401  # MODEL.WEIGHTS understands mmdet://
-from .config import add_freeanchor_config
-from .model import FreeAnchor
+import sys
+from pathlib import Path
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `freeanchor COMMAND`, which answers --help before heavy imports."""
+    if sys.argv[0] == "-m":  # while Python looks for the module to run
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return Path(sys.argv[0]).stem == __name__
+
+
+if not _is_command_line():
+    from . import compat  # noqa: F401  # isort: skip  # before anything that imports Detectron2
+    from . import checkpoint  # noqa: F401  # MODEL.WEIGHTS understands mmdet://
+    from .config import add_freeanchor_config
+    from .modeling import FreeAnchor
 
 __all__ = ["FreeAnchor", "add_freeanchor_config"]

@@ -1,8 +1,23 @@
-"""Config keys of FreeAnchor."""
+"""Config keys of FreeAnchor, and configs read without running what may be in them.
 
+Yaml with Python tags can call any function while it is read. Here, plain values are all that a
+file can make. Who trusts the source of another file sets FREEANCHOR_UNSAFE_LOAD=1: an environment
+variable, because a config could set a config key.
+"""
+
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .errors import FileError, FreeAnchorError
+
+__all__ = ["CONFIGS", "add_freeanchor_config", "merge_config", "merge_options", "read_config"]
+
+_UNSAFE = "FREEANCHOR_UNSAFE_LOAD"
+OPT_IN = f"If you trust where it comes from, set the environment variable {_UNSAFE}=1"
 
 # The configs of the repository, in the package: files and folders by their names there.
 CONFIGS = Path(__file__).parent / "configs"
@@ -40,3 +55,58 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.TEST.NMS_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.
     cfg.TEST.AUG.MAX_SIZE_RATIO = 0.0
+
+
+def is_unsafe_allowed() -> bool:
+    """Whether the user trusts all files, see the top of this module."""
+    return os.environ.get(_UNSAFE) == "1"
+
+
+def read_config(path: str | Path) -> CfgNode:
+    """Read a config file on top of the defaults of Detectron2 and FreeAnchor.
+
+    Raises:
+        FileError: see :func:`merge_config`.
+    """
+    cfg = get_cfg()
+    add_freeanchor_config(cfg)
+    merge_config(cfg, path)
+    return cfg
+
+
+def merge_config(cfg: CfgNode, path: str | Path) -> None:
+    """Merge a yaml file into a config, like `cfg.merge_from_file` but never by unsafe loading.
+
+    Raises:
+        FileError: the file is not there or no yaml, holds Python objects or unknown keys, or makes
+            Detectron2 read pickles.
+    """
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=is_unsafe_allowed())
+    except yaml.constructor.ConstructorError as e:
+        raise FileError(
+            f"{path}: {e.problem} {e.problem_mark}. Python objects could run code: write the value "
+            f"out, or: {OPT_IN[0].lower()}{OPT_IN[1:]}"
+        ) from e
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+        raise FileError(f"{path} cannot be read: {e}") from e
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+        # What yacs and Detectron2 make of unknown keys and of values of another type.
+        raise FileError(f"{path}: {e.args[0] if e.args else e!r}") from e
+    if cfg.MODEL.LOAD_PROPOSALS and not is_unsafe_allowed():
+        raise FileError(
+            f"{path}: MODEL.LOAD_PROPOSALS has Detectron2 read pickles, which could run code; "
+            "FreeAnchor needs no proposals, so leave it out"
+        )
+
+
+def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
+    """Change a config by the keys and values of a command line, one after another.
+
+    Raises:
+        FreeAnchorError: a key is unknown or has no value, or a value is of another type.
+    """
+    try:
+        cfg.merge_from_list(list(options))
+    except (AssertionError, KeyError, TypeError, ValueError) as e:
+        raise FreeAnchorError(f"{' '.join(options)}: {e.args[0] if e.args else e!r}") from e

@@ -6,8 +6,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .checkpoint import Checkpointer
-from .config import CONFIGS
-from .files import FileError, read_config
+from .config import CONFIGS, read_config
+from .errors import FileError
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
 

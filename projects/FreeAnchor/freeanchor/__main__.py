@@ -1,0 +1,138 @@
+"""The command line: `freeanchor COMMAND`, or `python -m freeanchor COMMAND`.
+
+Each command is a function that adds its arguments and one that runs it, which imports what it
+needs: --help answers at once.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .command_line import add_dataset_argument, one_sentence
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands that look at a finished run share."""
+    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
+    add_dataset_argument(parser)
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="change the config of the run; the last option",
+    )
+
+
+def _read_run(args: argparse.Namespace) -> Any:
+    from .visualization import read_run
+
+    return read_run(args.output_dir, args.dataset, args.opts)
+
+
+def _add_visualize(parser: argparse.ArgumentParser) -> None:
+    _add_run_arguments(parser)
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--score-thresh", type=float, default=0.7)
+    parser.add_argument(
+        "--checkpoints",
+        nargs="*",
+        metavar="FILE",
+        help="draw the matching of these, side by side; a name is of a file in OUTPUT_DIR "
+        "(default: model_final.pth, if it is there and a FreeAnchor)",
+    )
+
+
+def _visualize(args: argparse.Namespace) -> None:
+    from .visualization import write_pictures
+
+    cfg = _read_run(args)
+    checkpoints = args.checkpoints
+    if checkpoints is None:
+        is_there = (args.output_dir / "model_final.pth").is_file()
+        is_freeanchor = cfg.MODEL.META_ARCHITECTURE == "FreeAnchor"
+        checkpoints = ["model_final.pth"] if is_there and is_freeanchor else []
+    checkpoints = [
+        str(args.output_dir / x) if (args.output_dir / x).is_file() else x for x in checkpoints
+    ]
+    pictures = write_pictures(cfg, args.num_images, args.score_thresh, checkpoints)
+    print(f"Detections beside ground truth, matching and curves are in {pictures}")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_run_arguments(parser)
+    parser.add_argument("--num-images", type=int, default=4)
+    parser.add_argument("--score-thresh", type=float, default=0.5)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .visualization import write_report
+
+    print(f"The report is {write_report(_read_run(args), args.num_images, args.score_thresh)}")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a checkpoint file, or else what MODEL.WEIGHTS takes")
+    parser.add_argument("out", type=Path, help="OUT.pth or OUT.safetensors; OUT.yaml is its config")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from detectron2.utils.logger import setup_logger
+
+    from .checkpoint import convert_file
+
+    setup_logger(name="freeanchor")
+    convert_file(args.source, args.out)
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--num-train", type=int, default=400)
+    parser.add_argument("--num-val", type=int, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _shapes(args: argparse.Namespace) -> None:
+    from .data import write_shapes
+
+    write_shapes(args.out_dir, args.num_train, args.num_val, args.seed)
+    print(f"Wrote {args.num_train} training and {args.num_val} val images to {args.out_dir}")
+
+
+_Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
+]
+_COMMANDS: dict[str, _Command] = {
+    "visualize": (
+        "draw the detections, the matching and the curves of a run",
+        _add_visualize,
+        _visualize,
+    ),
+    "report": ("put a run on one page, OUTPUT_DIR/report.html", _add_report, _report),
+    "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
+    "shapes": ("draw the embedded data set", _add_shapes, _shapes),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: those of the command line, by default the process's.
+    """
+    parser = argparse.ArgumentParser(prog="freeanchor", description="FreeAnchor for Detectron2.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (description, add_arguments, _) in _COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=description, description=description))
+    args = parser.parse_args(arguments)
+    # Which `import freeanchor` left to the command.
+    from . import compat  # noqa: F401  # isort: skip
+    from . import checkpoint  # noqa: F401
+
+    with one_sentence(f"freeanchor {args.command}"):
+        _COMMANDS[args.command][2](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Checkpoints from anywhere: read without running them, converted, and loaded if they fit."""
+
+from . import catalog  # noqa: F401  # MODEL.WEIGHTS understands mmdet://
+from .checkpointer import Checkpointer
+from .convert import convert, convert_file, to_detectron2
+from .converter import Converted
+from .files import find, read_checkpoint, write_checkpoint
+
+__all__ = [
+    "Checkpointer",
+    "Converted",
+    "convert",
+    "convert_file",
+    "find",
+    "read_checkpoint",
+    "to_detectron2",
+    "write_checkpoint",
+]

@@ -1,0 +1,163 @@
+"""Loading weights into a model, so that a model that is not what it seems is an error."""
+
+import re
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..errors import FileError, shorten
+from .convert import to_detectron2
+from .files import CONFIG_KEY, find, read_checkpoint
+
+__all__ = ["Checkpointer"]
+
+_PREDICTORS = ("head.cls_score.", "head.bbox_pred.")
+# Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
+# in the weight and bias instead.
+_COUNTER = ".num_batches_tracked"
+_STATISTICS = (".running_mean", ".running_var")
+_PIXELS = ("pixel_mean", "pixel_std")
+# A tensor of a block of Detectron2's ResNets, under whatever prefix.
+_RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
+# Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
+_MOST_MISSING = 0.2
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which also reads other formats and refuses what does not fit.
+
+    Files are read by :func:`freeanchor.checkpoint.read_checkpoint`, and converted by
+    :func:`freeanchor.checkpoint.to_detectron2`.
+    """
+
+    def __init__(
+        self, model: nn.Module, cfg: CfgNode, save_dir: str = "", **checkpointables: Any
+    ) -> None:
+        """Build the checkpointer of a model.
+
+        Args:
+            model: the model, possibly in DistributedDataParallel.
+            cfg: the config that it was built with.
+            save_dir: where checkpoints are written and looked for.
+            checkpointables: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self.cfg = cfg
+        self._is_start = False
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint or, without one, load weights to start training from.
+
+        Raises:
+            FileError: see :meth:`load` and :meth:`load_start`.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file())
+        return self.load_start(path)
+
+    def load_start(self, path: str) -> dict[str, Any]:
+        """Load the weights that training starts from: of a backbone or of a detector.
+
+        The predictors of other classes or anchors stay as they were initialised, and a line of the
+        log says so.
+
+        Raises:
+            FileError: see :meth:`load`; the weights are not of this backbone, or other tensors
+                than those of the predictors are of another shape.
+        """
+        self._is_start = True
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._is_start = False
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load the weights of a whole model.
+
+        Args:
+            path: what `MODEL.WEIGHTS` takes. An empty one loads nothing.
+            checkpointables: what else to load, by default all that there is.
+
+        Returns:
+            What else the file holds.
+
+        Raises:
+            FileError: the file cannot be read, its weights need another config, or they are not
+                exactly those of this model.
+        """
+        self.path = path
+        checkpoint: dict[str, Any] = super().load(path and find(path), checkpointables)
+        return checkpoint
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        checkpoint = to_detectron2(read_checkpoint(filename), filename)
+        self._check_config(checkpoint.pop(CONFIG_KEY, {}))
+        return checkpoint
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        wrong = {}
+        for key, value in config.items():
+            node = self.cfg
+            for part in key.split("."):
+                node = node[part]
+            is_same = list(node) == list(value) if isinstance(node, list | tuple) else node == value
+            if not is_same and not (self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"):
+                wrong[key] = value
+        if wrong:
+            options = " ".join(f'{key} "{value!r}"' for key, value in wrong.items())
+            raise FileError(
+                f"The weights {self.path} need another model than the config makes: add {options}, "
+                "or use the config that `freeanchor convert` writes for them"
+            )
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        # Detectron2's older checkpoints, its zoo among them, have the values of these two keys.
+        for name in _PIXELS:
+            theirs, ours = checkpoint["model"].pop(name, None), getattr(self.model, name, None)
+            if theirs is not None and ours is not None:
+                theirs = torch.as_tensor(theirs).flatten()
+                if not torch.allclose(theirs, ours.flatten().to(theirs)):
+                    raise FileError(
+                        f"The weights {self.path} need another model than the config makes: add "
+                        f'MODEL.{name.upper()} "{[round(x, 4) for x in theirs.tolist()]}"'
+                    )
+        return super()._load_model(checkpoint)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""
+        names = [k for k in self.model.state_dict() if not k.endswith(_COUNTER)]
+        missing = {k for k in incompatible.missing_keys if not k.endswith(_COUNTER)}
+        wrong = {k: f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes}
+        surplus = [k for k in incompatible.unexpected_keys if not k.endswith(_COUNTER)]
+        problems = {"missing": sorted(missing), "of another shape": [*wrong.values()]}
+        if self._is_start:
+            prefix = "backbone.bottom_up."
+            backbone = [k for k in names if k.startswith(prefix)] or names
+            backbone = [k for k in backbone if not k.endswith(_STATISTICS)]
+            lacking = [k for k in backbone if k in missing]
+            problems = {
+                "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
+                "of another shape": [v for k, v in wrong.items() if not k.startswith(_PREDICTORS)],
+                "not in the model": [k for k in surplus if _RESNET_TENSOR.search(k)],
+            }
+        else:
+            problems["not in the model"] = surplus
+        if any(problems.values()):
+            raise FileError(
+                f"The weights {self.path} are not of this model: they fill "
+                f"{len(names) - len(missing) - len(wrong)} of its {len(names)} tensors. "
+                + "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
+            )
+        initialised = [k for k in names if k in missing or k in wrong]
+        self.logger.info(
+            f"Loaded {len(names) - len(initialised)} of {len(names)} tensors from {self.path}"
+        )
+        if initialised:
+            self.logger.warning(
+                f"Initialised anew: {', '.join(wrong.get(k, k) for k in initialised)}"
+            )
+        if surplus:
+            self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")

@@ -1,0 +1,101 @@
+"""Weights of other projects in Detectron2's format.
+
+Formats are recognised from the names of the tensors, see :mod:`freeanchor.checkpoint.formats`. What
+the weights need of the model comes with them as config keys, which
+:class:`freeanchor.checkpoint.Checkpointer` compares with the config in use.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FileError
+from .converter import Converted, is_counter
+from .files import CONFIG_KEY, find, read_checkpoint, write_checkpoint
+from .formats import CONVERTERS
+
+__all__ = ["convert", "convert_file", "to_detectron2"]
+
+logger = logging.getLogger(__name__)
+
+
+def to_detectron2(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Bring what a file holds into the form that Detectron2's checkpointer loads.
+
+    Args:
+        checkpoint: see :func:`freeanchor.checkpoint.read_checkpoint`.
+        source: the name of the file.
+
+    Returns:
+        A dictionary with "model", the tensors by name. Weights of other projects are converted and
+        come with the config keys that they need; all else is taken for Detectron2's own.
+
+    Raises:
+        FileError: see :func:`convert`.
+    """
+    converted = convert(checkpoint, source)
+    if converted is not None:
+        return {"model": converted.weights, CONFIG_KEY: converted.config}
+    if "model_state" in checkpoint:
+        weights = {k: v for k, v in checkpoint["model_state"].items() if not is_counter(k)}
+        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+    if "model" in checkpoint:
+        return checkpoint
+    if not source.endswith(".pkl"):
+        return {"model": checkpoint}
+    weights = checkpoint.get("blobs", checkpoint)
+    weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def convert(checkpoint: dict[str, Any], source: str) -> Converted | None:
+    """Convert the weights of another project.
+
+    Args:
+        checkpoint: see :func:`freeanchor.checkpoint.read_checkpoint`.
+        source: the name of the file, for messages.
+
+    Returns:
+        The converted weights, or None if the format is not one of the known others.
+
+    Raises:
+        FileError: tensors are unknown, missing or of the wrong shape, which the message lists, or
+            the model has something that FreeAnchor's configs cannot say.
+    """
+    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    if not isinstance(state, dict):
+        return None
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    for marker, converter in CONVERTERS.items():
+        if marker in state:
+            return converter(state, checkpoint.get("meta", {}), source).convert()
+    return None
+
+
+def convert_file(source: str, out: Path) -> None:
+    """Convert a checkpoint and write it, with its config beside it.
+
+    Raises:
+        FileError: see :func:`convert`; or the weights are Detectron2's, but need its heuristics.
+    """
+    path = find(source)
+    if out.exists() and out.samefile(path):
+        raise FileError(f"{out} is the source: give another name")
+    checkpoint = read_checkpoint(path)
+    loadable = to_detectron2(checkpoint, path)
+    if loadable.get("matching_heuristics"):
+        raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
+    weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
+    config = loadable.get(CONFIG_KEY, {})
+    write_checkpoint(out, weights, config)
+    if not config:
+        logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
+        return
+    cfg = Converted("", weights, config).build_config()
+    cfg.MODEL.WEIGHTS = str(out)
+    out.with_suffix(".yaml").write_text(cfg.dump())
+    logger.info(
+        f"Wrote {len(weights)} tensors to {out}, their config to {out.with_suffix('.yaml')}"
+    )

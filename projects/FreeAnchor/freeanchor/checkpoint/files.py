@@ -1,0 +1,178 @@
+"""Checkpoint files from anywhere: read without running what may be in them.
+
+Pickle, and with it PyTorch's and Detectron2's checkpoints, can call any function while it is read.
+Here, tensors, arrays and plain containers are all that a file can make, unless the user allows
+more, see :mod:`freeanchor.config`.
+"""
+
+import json
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.file_io import PathManager
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import OPT_IN, is_unsafe_allowed
+from ..errors import FileError
+from . import unpickle
+
+__all__ = [
+    "CONFIG_KEY",
+    "find",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+# Entry of a checkpoint: the config keys that its weights need, see `freeanchor.checkpoint.convert`.
+CONFIG_KEY = "freeanchor_config"
+
+
+def find(path: str) -> str:
+    """The local file of what `MODEL.WEIGHTS` takes; it is downloaded if need be.
+
+    Args:
+        path: a file, http(s)://, detectron2://, catalog:// or mmdet://.
+
+    Raises:
+        FileError: there is no such file, or it cannot be downloaded.
+    """
+    try:
+        local: str = PathManager.get_local_path(path)
+    except FileError:
+        raise
+    except Exception as e:  # of the catalogue, the network or the disk
+        raise FileError(f"{path} cannot be found: {e}") from e
+    if not os.path.isfile(local):
+        raise FileError(f"There is no file {local}")
+    return local
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: a local file: PyTorch's (.pth, .pt, .pyth), Detectron2's and Caffe2's pickles (.pkl)
+            or .safetensors.
+
+    Returns:
+        What the file holds; of .safetensors {"model": tensors}.
+
+    Raises:
+        FileError: the file is damaged, or holds more than tensors and plain containers.
+    """
+    read = _READERS.get(Path(path).suffix.lower())
+    if read is None:
+        if not is_unsafe_allowed():
+            raise FileError(f"{path}: only {', '.join(_READERS)} are read as weights. {OPT_IN}")
+        read = _read_torch
+    try:
+        checkpoint = read(path)
+    except FileError:
+        raise
+    except OSError as e:
+        raise FileError(f"{path} cannot be read: {e}") from e
+    except unpickle.RefusedError as e:
+        raise FileError(
+            f"{path} holds {e}, and not only tensors and plain containers, so that reading it "
+            f"could run code. {OPT_IN}"
+        ) from e
+    except Exception as e:  # whatever a parser makes of bytes that are not what they should be
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise FileError(
+            f"{path} is damaged, cut off or of another type than its name says ({reason}): get it "
+            "again from where it came from"
+        ) from e
+    if not isinstance(checkpoint, dict):
+        raise FileError(f"{path} holds one {type(checkpoint).__name__}, not tensors with names")
+    return checkpoint
+
+
+def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write weights, as a whole or not at all.
+
+    Args:
+        path: .pth, in Detectron2's format, or .safetensors.
+        model: the tensors of a model by name.
+        config: the config keys that they need, kept in the file.
+
+    Raises:
+        FileError: another suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise FileError(f"{path}: weights are written as .pth or .safetensors")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pth":
+            torch.save({"model": model, "__author__": "FreeAnchor", CONFIG_KEY: config}, unfinished)
+        else:
+            # Copies: safetensors has no views and no two names of one memory.
+            tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.items()}
+            save_file(tensors, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+        unfinished.replace(path)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e}") from e
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    with safe_open(path, "pt") as f:
+        config = json.loads((f.metadata() or {}).get(CONFIG_KEY, "{}"))
+        return {"model": {k: f.get_tensor(k) for k in f.keys()}, CONFIG_KEY: config}  # noqa: SIM118
+
+
+def _read_torch(path: str) -> Any:
+    if is_unsafe_allowed():
+        return torch.load(path, map_location="cpu", weights_only=False)
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 6):
+        raise FileError(
+            f"{path} is not read: checkpoints can make PyTorch {torch.__version__} run code "
+            f"(CVE-2025-32434). Update it to 2.6 or newer. {OPT_IN}"
+        )
+    if version < (2, 10):
+        logger.warning(
+            f"Checkpoints can corrupt the memory of PyTorch {torch.__version__} (CVE-2026-24747): "
+            "before you read one that you do not trust, update it to 2.10 or newer"
+        )
+    named: list[Any] = [
+        (value, name) for name, value in {**unpickle.PLAIN, **unpickle.MMENGINE}.items()
+    ]
+    try:
+        with torch.serialization.safe_globals(named):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as e:
+        # Only PyTorch's words tell a file that is refused from one that is damaged.
+        refused = re.search(
+            r"GLOBAL (\S+)|(TorchScript)|(?:Trying to|Can only) .*(?:function|got) (\S+)", str(e)
+        )
+        if refused is None:
+            raise
+        raise unpickle.RefusedError(next(filter(None, refused.groups()))) from e
+
+
+def _read_pickle(path: str) -> Any:
+    with open(path, "rb") as f:
+        if is_unsafe_allowed():
+            return pickle.load(f, encoding="latin1")  # Caffe2's are of Python 2
+        return unpickle.load(f)
+
+
+_READERS = {
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".pyth": _read_torch,
+    ".pkl": _read_pickle,
+    ".safetensors": _read_safetensors,
+}

@@ -1,0 +1,31 @@
+"""What the commands and `train_net.py` share. It imports nothing heavy, for a quick --help."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import FreeAnchorError
+
+__all__ = ["add_dataset_argument", "one_sentence"]
+
+
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the repeatable option `--dataset NAME ANNOTATIONS IMAGE_DIR`."""
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_DIR"),
+        help="register a data set in COCO format, to be named in DATASETS.TRAIN or DATASETS.TEST; "
+        "may be given several times",
+    )
+
+
+@contextmanager
+def one_sentence(program: str) -> Iterator[None]:
+    """End the program with the message of an error that is the user's to mend, and status 1."""
+    try:
+        yield
+    except FreeAnchorError as e:
+        raise SystemExit(f"{program}: {e}") from e

@@ -1,0 +1,17 @@
+"""What `train_net.py` runs, and a training script of your own can: checks, trainer, launching."""
+
+from .defaults import argument_parser, build_config, check, setup
+from .hooks import MatchingPictures
+from .launch import launch
+from .trainer import Trainer, build_evaluator
+
+__all__ = [
+    "MatchingPictures",
+    "Trainer",
+    "argument_parser",
+    "build_config",
+    "build_evaluator",
+    "check",
+    "launch",
+    "setup",
+]

@@ -1,0 +1,123 @@
+"""The command line of a training, its config, and what can be checked before it starts."""
+
+import argparse
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..checkpoint import find
+from ..command_line import add_dataset_argument
+from ..config import add_freeanchor_config, merge_config, merge_options
+from ..data import NUM_CLASSES_FROM_DATA, check_images, register_datasets, resolve_num_classes
+from ..errors import FreeAnchorError
+
+__all__ = ["argument_parser", "build_config", "check", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Build Detectron2's parser with the options of FreeAnchor."""
+    parser: argparse.ArgumentParser = default_argument_parser()
+    add_dataset_argument(parser)
+    parser.add_argument(
+        "--export-safetensors",
+        action="store_true",
+        help="also write the weights, trained or with --eval-only, to model_final.safetensors",
+    )
+    return parser
+
+
+def build_config(args: argparse.Namespace) -> CfgNode:
+    """Read the config and register the data sets.
+
+    Args:
+        args: what :func:`argument_parser` gives.
+
+    Raises:
+        FreeAnchorError: they cannot be read, or do not fit together.
+    """
+    if not os.path.isfile(args.config_file):
+        raise FreeAnchorError(f"--config-file: there is no file {args.config_file!r}")
+    cfg = get_cfg()
+    add_freeanchor_config(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = NUM_CLASSES_FROM_DATA
+    merge_config(cfg, args.config_file)
+    merge_options(cfg, args.opts)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer is for CUDA only
+    register_datasets(args.dataset)
+    resolve_num_classes(cfg, _dataset_names(cfg, args))
+    cfg.freeze()
+    return cfg
+
+
+def _dataset_names(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """The data sets that this run needs, training first."""
+    return [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find what would stop the run later, once and before any process is launched.
+
+    Args:
+        args: what :func:`argument_parser` gives. `num_gpus` becomes 1 where there is no GPU.
+
+    Raises:
+        FreeAnchorError: the command line, a data set, the config or the weights cannot be used.
+    """
+    _check_devices(args)
+    cfg = build_config(args)
+    if args.eval_only:
+        if not cfg.MODEL.WEIGHTS and not args.resume:
+            raise FreeAnchorError("--eval-only needs MODEL.WEIGHTS, or --resume")
+    elif not cfg.DATASETS.TRAIN:
+        raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
+    world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if world_size and not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise FreeAnchorError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "
+            "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
+        )
+    for name in _dataset_names(cfg, args):
+        check_images([name])
+    if cfg.MODEL.WEIGHTS and not args.resume:
+        find(cfg.MODEL.WEIGHTS)
+
+
+def _check_devices(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        if args.num_machines > 1:
+            raise FreeAnchorError(
+                "--num-machines: several machines need CUDA GPUs, and there is none"
+            )
+        args.num_gpus = 1  # one process, on the CPU
+    elif args.num_gpus > torch.cuda.device_count():
+        raise FreeAnchorError(
+            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}"
+        )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Build the config of a launched process, and set up logging as Detectron2 does."""
+    cfg = build_config(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
+    if not torch.cuda.is_available():
+        logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
+    if (
+        not (args.eval_only or args.resume or cfg.MODEL.WEIGHTS)
+        and cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    ):
+        logger.warning(
+            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT freezes the first layers: they "
+            "stay random. Give ImageNet weights, or set FREEZE_AT 0 and a trainable norm"
+        )
+    return cfg

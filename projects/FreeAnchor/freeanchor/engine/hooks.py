@@ -1,0 +1,48 @@
+"""What happens between two iterations."""
+
+from typing import Any
+
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.engine import HookBase
+from detectron2.utils.events import get_event_storage
+
+from ..modeling import FreeAnchor
+from ..visualization import draw_matching, to_image
+
+__all__ = ["MatchingPictures"]
+
+
+class MatchingPictures(HookBase):
+    """Puts the matching of a training image to the EventStorage, every so many iterations."""
+
+    def __init__(self, model: FreeAnchor, period: int) -> None:
+        """Build the hook.
+
+        Args:
+            model: the model that is trained, without DistributedDataParallel.
+            period: the iterations from one picture to the next.
+        """
+        self.model = model
+        self.period = period
+        self._batch: list[dict[str, Any]] = []
+
+    def before_step(self) -> None:
+        if self.trainer.iter % self.period == 0:
+
+            def keep(model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]) -> None:
+                self._batch = inputs[0]
+                handle.remove()
+
+            handle = self.model.register_forward_pre_hook(keep)
+
+    def after_step(self) -> None:
+        batch, self._batch = self._batch, []
+        image = next((x for x in batch if len(x["instances"])), None)
+        if image is None:
+            return
+        self.model.eval()  # the running statistics of batch norm stay as they are
+        (matching,) = self.model.match_inputs([image])
+        self.model.train()
+        pixels = convert_image_to_rgb(image["image"].permute(1, 2, 0), self.model.input_format)
+        picture = to_image(draw_matching(pixels, {"now": matching}))
+        get_event_storage().put_image("matching", picture.transpose(2, 0, 1))

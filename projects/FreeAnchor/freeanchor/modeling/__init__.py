@@ -1,0 +1,17 @@
+"""What has weights or a config. Importing it registers the names that configs have."""
+
+from .anchors import RoundedAnchorGenerator
+from .backbone import build_freeanchor_resnet_fpn_backbone
+from .inference import candidates, dense_detector
+from .meta_arch import FreeAnchor, Matching
+from .tta import MultiScaleTest
+
+__all__ = [
+    "FreeAnchor",
+    "Matching",
+    "MultiScaleTest",
+    "RoundedAnchorGenerator",
+    "build_freeanchor_resnet_fpn_backbone",
+    "candidates",
+    "dense_detector",
+]

@@ -1,0 +1,54 @@
+"""Feature pyramids of other implementations than Detectron2's RetinaNet.
+
+Detectron2 computes P6 from res5 and P7 from ReLU(P6). The paper's repository computes P6 from P5,
+MMDetection computes P7 from P6 as it is. The keys are in :mod:`freeanchor.config`; the defaults are
+Detectron2's.
+"""
+
+from typing import Any
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["TopBlock", "build_freeanchor_resnet_fpn_backbone"]
+
+
+class TopBlock(LastLevelP6P7):
+    """P6 and P7 of the feature pyramid."""
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str, relu: bool) -> None:
+        """Build the two convolutions.
+
+        Args:
+            in_channels: channels of `in_feature`.
+            out_channels: channels of P6 and P7.
+            in_feature: what P6 is computed from, "res5" or "p5".
+            relu: whether P7 is computed from ReLU(P6) or from P6.
+        """
+        super().__init__(in_channels, out_channels, in_feature)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Compute [P6, P7] from the input feature, each of half the size of the one before."""
+        p6 = self.p6(x)
+        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_freeanchor_resnet_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> FPN:
+    """Build Detectron2's backbone of RetinaNet, with P6 and P7 as the keys of FreeAnchor say."""
+    backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
+    in_feature = cfg.MODEL.FREEANCHOR.P6_IN_FEATURE
+    shapes = {**backbone.bottom_up.output_shape(), **backbone.output_shape()}
+    if in_feature not in ("res5", "p5"):
+        raise ValueError(f"MODEL.FREEANCHOR.P6_IN_FEATURE must be res5 or p5, got {in_feature!r}")
+    backbone.top_block = TopBlock(
+        shapes[in_feature].channels,
+        cfg.MODEL.FPN.OUT_CHANNELS,
+        in_feature,
+        cfg.MODEL.FREEANCHOR.P7_RELU,
+    )
+    return backbone

@@ -1,0 +1,363 @@
+"""The meta-architecture: RetinaNet whose anchors are matched and trained by FreeAnchor."""
+
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from ..layers import box_prob, iou_topk, negative_bag_loss, take
+from ..layers.losses import bag_logit, positive_bag_loss
+from ..layers.matching import encode_boxes, matched_log_probability
+from .anchors import RoundedAnchorGenerator
+from .backbone import TopBlock
+
+__all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
+
+
+# As Detectron2's RetinaNet assigns anchors.
+_RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+
+
+class Matching(NamedTuple):
+    """How the M objects of an image are matched, for pictures.
+
+    Attributes:
+        boxes: (M, 4) objects.
+        anchors: (M, K, 4) bags.
+        prob: (M, K) matched probabilities P_ij^cls * P_ij^loc.
+        assigned: per object, (n, 4) anchors that Detectron2's RetinaNet would train for it.
+        assigned_iou: per object, (n,) their IoU with it.
+    """
+
+    boxes: Tensor
+    anchors: Tensor
+    prob: Tensor
+    assigned: list[Tensor]
+    assigned_iou: list[Tensor]
+
+
+class _Bags(NamedTuple):
+    """The bags of the M objects of a batch; indices as in :mod:`freeanchor.layers.matching`."""
+
+    levels: list[Tensor]  # anchors, as the search takes them
+    counts: list[int]  # objects of each image
+    boxes: Tensor  # (M, 4)
+    classes: Tensor  # (M,)
+    row: Tensor  # (M, K) of (N, R)
+    anchors: Tensor  # (M, K, 4)
+
+
+@META_ARCH_REGISTRY.register()
+class FreeAnchor(RetinaNet):
+    """FreeAnchor (NeurIPS 2019): RetinaNet with learned anchor matching.
+
+    Backbone, head, anchors and inference are Detectron2's RetinaNet, so its checkpoints load and
+    detect as before. Anchor labelling and losses are replaced.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        pre_anchor_topk: int = 50,
+        bbox_threshold: float = 0.6,
+        bbox_reg_weight: float = 0.75,
+        inclusive_corners: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Build the model from its parts.
+
+        Args:
+            pre_anchor_topk: number of anchors in the bag of an object.
+            bbox_threshold: IoU at which P{a in A+} starts to rise.
+            bbox_reg_weight: weight of the localisation loss in the matched probability.
+            inclusive_corners: whether boxes end on their last pixel where they are resized with
+                their image, as in the paper's repository. Inputs and outputs are Detectron2's.
+            kwargs: see :class:`detectron2.modeling.RetinaNet`. `focal_loss_alpha` weighs the
+                positive against the negative loss, `focal_loss_gamma` focuses the negative one.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        super().__init__(**kwargs)
+        if pre_anchor_topk < 1:
+            raise ValueError(f"PRE_ANCHOR_TOPK must be at least 1, got {pre_anchor_topk}")
+        if not 0 <= bbox_threshold < 1:
+            raise ValueError(f"BBOX_THRESHOLD must be in [0, 1), got {bbox_threshold}")
+        if self.box_reg_loss_type != "smooth_l1":
+            raise ValueError(
+                "BBOX_REG_LOSS_TYPE must be smooth_l1, which the likelihood is made of, got "
+                f"{self.box_reg_loss_type}"
+            )
+        if self.focal_loss_gamma < 1:
+            raise ValueError(f"FOCAL_LOSS_GAMMA must be at least 1, got {self.focal_loss_gamma}")
+        self.pre_anchor_topk = pre_anchor_topk
+        self.bbox_threshold = bbox_threshold
+        self.bbox_reg_weight = bbox_reg_weight
+        self.inclusive_corners = inclusive_corners
+        if inclusive_corners:
+            self.register_forward_pre_hook(_to_inclusive_corners)
+            self.register_forward_hook(_from_inclusive_corners)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        ret: dict[str, Any] = super().from_config(cfg)
+        keys = cfg.MODEL.FREEANCHOR
+        is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU
+        if not is_default and not isinstance(getattr(ret["backbone"], "top_block", None), TopBlock):
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} ignores MODEL.FREEANCHOR."
+                "P6_IN_FEATURE and P7_RELU: set it to build_freeanchor_resnet_fpn_backbone"
+            )
+        ret["anchor_matcher"] = None  # objects choose their anchors, no IoU rule does
+        ret["pre_anchor_topk"] = cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK
+        ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
+        ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
+        ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
+        return ret
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        # Views (N, H, W, A, .) of what the head computed, in whatever memory layout.
+        pred_logits, pred_anchor_deltas = (
+            [x.unflatten(1, (-1, depth)).permute(0, 3, 4, 1, 2) for x in levels]
+            for levels, depth in zip(predictions, (self.num_classes, 4))
+        )
+        anchors = self.anchor_generator(features)
+        return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """The two bag losses of a batch (paper, section 3.3), in float32 or better.
+
+        Logs to the current `EventStorage`, so there must be one, as for Detectron2's RetinaNet.
+
+        Args:
+            anchors: per level, (Hi * Wi * A) anchors, shared by all images.
+            pred_logits: per level, (N, Hi * Wi * A, C) class logits, or (N, Hi, Wi, A, C), in any
+                memory layout. The latter makes the search for bags faster.
+            pred_anchor_deltas: per level, (N, Hi * Wi * A, 4) or (N, Hi, Wi, A, 4) deltas.
+            gt_instances: N instances with `gt_boxes` and `gt_classes`, possibly none in an image.
+
+        Returns:
+            "loss_positive" and "loss_negative", scalars. They stay in the graph of both
+            predictions for a batch without any object too, so that every parameter of the head
+            gets a gradient and distributed training does not wait for one.
+        """
+        with torch.autocast(pred_logits[0].device.type, enabled=False):
+            bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+            cells, prob, max_iou = box_prob(
+                pred_anchor_deltas,
+                bags.levels,
+                bags.boxes,
+                bags.classes,
+                bags.counts,
+                self.num_classes,
+                self.box2box_transform.weights,
+                self.box2box_transform.scale_clamp,
+                self.bbox_threshold,
+            )
+            # The others divide the loss of a batch without objects by 1: some 350 times too much.
+            num_objects = max(1, len(bags.boxes))
+            negative, bag_logits = negative_bag_loss(
+                pred_logits,
+                cells,
+                prob.to(torch.promote_types(pred_logits[0].dtype, torch.float32)),
+                bags.row * self.num_classes + bags.classes[:, None],
+                self.focal_loss_gamma,
+                (1 - self.focal_loss_alpha) / (self.pre_anchor_topk * num_objects),
+            )
+            log_prob = self._log_prob(bags, bag_logits, pred_anchor_deltas)
+            positive = positive_bag_loss(log_prob)
+
+        self._log_matching(log_prob, positive, max_iou, len(bags.counts))
+        return {
+            "loss_positive": positive.sum() * (self.focal_loss_alpha / num_objects),
+            "loss_negative": negative,
+        }
+
+    def _bags(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> _Bags:
+        """The search for bags (paper, section 3.2); arguments as of :meth:`losses`."""
+        dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
+        boxes = Boxes.cat([x.gt_boxes for x in gt_instances]).tensor.to(dtype)
+        classes = torch.cat([x.gt_classes for x in gt_instances])
+        counts = [len(x) for x in gt_instances]
+        levels = [x.tensor.to(dtype) for x in anchors]
+        if type(self.anchor_generator) in (DefaultAnchorGenerator, RoundedAnchorGenerator):
+            levels = [x.view(*logits.shape[1:-1], 4) for x, logits in zip(levels, pred_logits)]
+        bag = iou_topk(levels, boxes, self.pre_anchor_topk)  # (M, K)
+        image = torch.arange(len(counts), device=bag.device).repeat_interleave(
+            torch.tensor(counts, device=bag.device), output_size=sum(counts)
+        )
+        row = image[:, None] * sum(len(x) for x in anchors) + bag
+        index = bag[..., None] * 4 + torch.arange(4, device=bag.device)
+        return _Bags(levels, counts, boxes, classes, row, take([x[None] for x in levels], index))
+
+    def _log_prob(
+        self, bags: _Bags, bag_logits: Tensor, pred_anchor_deltas: list[Tensor]
+    ) -> Tensor:
+        """(M, K) logarithm of the matched probabilities of the (M, K) logits of the bags."""
+        coordinate = torch.arange(4, device=bags.row.device)
+        return matched_log_probability(
+            bag_logits,
+            take(pred_anchor_deltas, bags.row[..., None] * 4 + coordinate),
+            encode_boxes(bags.boxes[:, None], bags.anchors, self.box2box_transform.weights),
+            self.bbox_reg_weight,
+            self.smooth_l1_beta,
+        )
+
+    @torch.no_grad()
+    def match(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> list[Matching]:
+        """Match objects as :meth:`losses` does, and as RetinaNet would, to look at it.
+
+        Args: as of :meth:`losses`.
+
+        Returns:
+            The matching of each image.
+        """
+        with torch.autocast(pred_logits[0].device.type, enabled=False):
+            bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+            bag_logits = take(pred_logits, bags.row * self.num_classes + bags.classes[:, None])
+            dtype = torch.promote_types(bag_logits.dtype, torch.float32)
+            prob = self._log_prob(bags, bag_logits.to(dtype), pred_anchor_deltas).exp()
+        all_anchors = Boxes.cat(anchors)
+        result = []
+        for instances, bag_anchors, bag_prob in zip(
+            gt_instances, bags.anchors.split(bags.counts), prob.split(bags.counts)
+        ):
+            iou = pairwise_iou(instances.gt_boxes, all_anchors)  # (M, R)
+            objects, labels = _RETINANET_MATCHER(iou)
+            chosen = [((labels == 1) & (objects == i)).nonzero()[:, 0] for i in range(len(iou))]
+            result.append(
+                Matching(
+                    instances.gt_boxes.tensor,
+                    bag_anchors,
+                    bag_prob,
+                    [all_anchors.tensor[index] for index in chosen],
+                    [iou[i, index] for i, index in enumerate(chosen)],
+                )
+            )
+        return result
+
+    @torch.no_grad()
+    def match_inputs(self, batched_inputs: list[dict[str, Any]]) -> list[Matching]:
+        """Match the objects of images, see :meth:`match`.
+
+        Args:
+            batched_inputs: images with objects, as training gets them.
+
+        Returns:
+            The matching of each image, in the size of the network's input.
+        """
+        features = self.backbone(self.preprocess_image(batched_inputs).tensor)
+        features = [features[name] for name in self.head_in_features]
+        logits, deltas = self._transpose_dense_predictions(
+            self.head(features), [self.num_classes, 4]
+        )
+        objects = [x["instances"].to(self.device) for x in batched_inputs]
+        return self.match(self.anchor_generator(features), logits, deltas, objects)
+
+    @torch.no_grad()
+    def _log_matching(
+        self, log_prob: Tensor, positive: Tensor, max_iou: Tensor, num_images: int
+    ) -> None:
+        """What tells a user whether matching works, to the EventStorage."""
+        storage = get_event_storage()
+        storage.put_scalar("freeanchor/objects_per_image", len(positive) / num_images)
+        if len(positive) == 0:
+            return
+        # The share of each anchor in the likelihood of its bag, see `positive_bag_loss`.
+        share = bag_logit(log_prob).softmax(dim=1)
+        likelihood, num_anchors, localized = torch.stack(
+            (
+                (-positive).exp().mean(),
+                (1 / share.square().sum(dim=1)).mean(),
+                (max_iou > self.bbox_threshold).to(positive.dtype).mean(),
+            )
+        ).tolist()  # one synchronisation for all three
+        storage.put_scalar("freeanchor/bag_likelihood", likelihood)
+        storage.put_scalar("freeanchor/anchors_per_bag", num_anchors)
+        storage.put_scalar("freeanchor/localized_objects", localized)
+
+
+def inclusive_shift(boxes: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Correct resized boxes for inclusive corners.
+
+    With them, a box of width w is w - 1 wide from its first to its last pixel, and that is what is
+    resized. The network itself has Detectron2's boxes: its anchors, losses and NMS come out the
+    same in both conventions.
+
+    Args:
+        boxes: (M, 4) boxes in Detectron2's convention, resized by `scale`.
+        scale: factors of width and height.
+
+    Returns:
+        (M, 4) boxes in Detectron2's convention: (w - 1) * scale + 1 wide instead of w * scale.
+    """
+    return boxes + boxes.new_tensor([0, 0, 1 - scale[0], 1 - scale[1]])
+
+
+def _sizes(image: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of the original image and of the network's input."""
+    height, width = image["image"].shape[-2:]
+    return (image.get("width", width), image.get("height", height)), (width, height)
+
+
+def _to_inclusive_corners(
+    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]]] | None:
+    """Resize ground truth as the paper's repository does, where a box is at least a pixel wide."""
+    if not model.training:
+        return None
+    batch = []
+    for image in inputs[0]:
+        original, resized = _sizes(image)
+        instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
+        scale = resized[0] / original[0], resized[1] / original[1]
+        boxes = inclusive_shift(instances.gt_boxes.tensor, scale)
+        start, end = boxes.split(2, dim=1)
+        instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
+        batch.append({**image, "instances": instances})
+    return (batch,)
+
+
+def _from_inclusive_corners(
+    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]], outputs: Any
+) -> None:
+    """Resize detections as the paper's repository does."""
+    if model.training:
+        return
+    for image, output in zip(*inputs, outputs):
+        original, resized = _sizes(image)
+        boxes = output["instances"].pred_boxes
+        scale = original[0] / resized[0], original[1] / resized[1]
+        boxes.tensor = inclusive_shift(boxes.tensor, scale)
+        boxes.clip(output["instances"].image_size)

@@ -1,0 +1,174 @@
+"""Pictures: of arrays and plain records, without a model or a config."""
+
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from ..modeling import Matching
+
+__all__ = ["draw_curves", "draw_detections", "draw_matching", "to_image"]
+
+_MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
+_CURVES = (
+    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
+    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
+    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
+)
+
+
+def draw_detections(
+    record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
+) -> NDArray[Any]:
+    """Draw the ground truth of an image and, to its right, its detections.
+
+    Args:
+        record: the image in Detectron2's standard format.
+        detections: its detections in COCO's result format.
+        metadata: classes of the data set, and its `thing_dataset_id_to_contiguous_id`.
+        score_thresh: detections with a lower score are left out.
+
+    Returns:
+        (H, 2 * W, 3) uint8 RGB image, where small images are enlarged.
+    """
+    image = read_image(record["file_name"], "RGB")
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
+    truth = [
+        (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
+        for a in record["annotations"]
+    ]
+    found = [
+        (
+            BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
+            contiguous[d["category_id"]],
+            f" {d['score']:.0%}",
+        )
+        for d in detections
+        if d["score"] >= score_thresh
+    ]
+    return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=1)
+
+
+def _draw_boxes(
+    image: NDArray[Any], objects: list[tuple[list[float], int, str]], metadata: Any
+) -> NDArray[Any]:
+    """Draw (box, class, what to say after the class) on an image, a colour for each class."""
+    colors = colormap(rgb=True, maximum=1)
+    drawn: NDArray[Any] = (
+        Visualizer(image, metadata, scale=max(1.0, _MIN_SIZE / min(image.shape[:2])))
+        .overlay_instances(
+            boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
+            labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
+            assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
+        )
+        .get_image()
+    )
+    return drawn
+
+
+def draw_curves(records: list[dict[str, float]]) -> Figure:
+    """Plot the losses and what FreeAnchor logs of its matching, over the iterations.
+
+    Args:
+        records: see :func:`freeanchor.visualization.read_metrics`.
+
+    Returns:
+        A figure, to be saved.
+    """
+    figure = Figure(figsize=(6, 9), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(len(_CURVES), sharex=True), _CURVES):
+        for key in keys:
+            logged = [r for r in records if key in r]
+            axes.plot(
+                [r["iteration"] for r in logged],
+                [r[key] for r in logged],
+                label=key.split("/")[-1],
+            )
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    axes.set_xlabel("iteration")
+    return figure
+
+
+def draw_matching(
+    image: NDArray[Any], matchings: dict[str, Matching], max_objects: int = 4
+) -> Figure:
+    """Draw the bags of an image's objects, and RetinaNet's assignment to their right.
+
+    Anchors are coloured by their matched probability relative to the best of the bag (RetinaNet's:
+    by IoU), from dark to bright, and the best is thick and dashed white. The object is red.
+
+    Args:
+        image: (H, W, 3) uint8 RGB image.
+        matchings: of this image, by what to call them, as the iteration of the model.
+        max_objects: as many objects are drawn, spread evenly from the smallest to the largest.
+
+    Returns:
+        A figure, a row per object, to be saved.
+    """
+    first = next(iter(matchings.values()))
+    areas = (first.boxes[:, 2:] - first.boxes[:, :2]).prod(dim=1)
+    chosen = areas.argsort()[
+        np.linspace(0, len(areas) - 1, min(max_objects, len(areas))).round().astype(int)
+    ].tolist()
+    width = len(matchings) + 1
+    figure = Figure(figsize=(3 * width, 3.2 * max(1, len(chosen))), layout="constrained")
+    rows = figure.subplots(max(1, len(chosen)), width, squeeze=False)
+    for row, i in zip(rows, chosen):
+        box = first.boxes[i].cpu().numpy()
+        for axes, (name, matching) in zip(row, matchings.items()):
+            prob, anchors = matching.prob[i].cpu().numpy(), matching.anchors[i].cpu().numpy()
+            axes.set_title(f"{name}: best of {len(prob)} anchors P = {prob.max():.2g}", fontsize=8)
+            _draw_anchors(axes, image, box, anchors, prob / max(prob.max(), 1e-30))
+        iou = first.assigned_iou[i].cpu().numpy()
+        row[-1].set_title(
+            f"RetinaNet: {len(iou)} anchors, best IoU {max(iou, default=0):.2f}", fontsize=8
+        )
+        _draw_anchors(row[-1], image, box, first.assigned[i].cpu().numpy(), iou)
+    for axes in rows[len(chosen) :].flat:
+        axes.axis("off")
+    return figure
+
+
+def _draw_anchors(
+    axes: Axes, image: NDArray[Any], box: NDArray[Any], anchors: NDArray[Any], value: NDArray[Any]
+) -> None:
+    axes.imshow(image, interpolation="nearest")
+    for j in value.argsort():  # the best is drawn last
+        is_best = j == value.argmax()
+        color = colormaps["viridis"](float(value[j]))
+        _draw_box(axes, anchors[j], color, 2.5 if is_best else 0.5 + value[j])
+        if is_best:
+            _draw_box(axes, anchors[j], "white", 1, linestyle="--")
+    _draw_box(axes, box, "red", 1.5)
+    # The object in its surroundings, where most of its anchors end.
+    center, side = (box[:2] + box[2:]) / 2, max(32, 2.2 * (box[2:] - box[:2]).max())
+    height, width = image.shape[:2]
+    axes.set_xlim(max(0, center[0] - side / 2) - 0.5, min(width, center[0] + side / 2) - 0.5)
+    axes.set_ylim(min(height, center[1] + side / 2) - 0.5, max(0, center[1] - side / 2) - 0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _draw_box(axes: Axes, box: NDArray[Any], color: Any, width: float, **style: Any) -> None:
+    size = box[2:] - box[:2]
+    corner = (box[0] - 0.5, box[1] - 0.5)  # pixels are drawn around whole numbers
+    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=width, **style))
+
+
+def to_image(figure: Figure) -> NDArray[Any]:
+    """(H, W, 3) uint8 RGB image of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    rgba: NDArray[Any] = np.asarray(canvas.buffer_rgba())
+    return rgba[..., :3]

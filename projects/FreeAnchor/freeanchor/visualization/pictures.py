@@ -1,0 +1,114 @@
+"""Pictures of a finished run: `freeanchor visualize OUTPUT_DIR`.
+
+Detections beside ground truth, curves of the losses and the matching, and the matching itself: the
+bag of each object at one or several checkpoints, beside what RetinaNet would have assigned.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import build_model
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..checkpoint import Checkpointer
+from ..data import Mapper
+from ..errors import FileError
+from ..modeling import FreeAnchor, Matching
+from .drawing import draw_curves, draw_detections, draw_matching
+from .runs import read_detections, read_metrics
+
+__all__ = ["choose", "match_images", "write_pictures"]
+
+
+def choose(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Pick `count` records, spread evenly."""
+    chosen = np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int)
+    return [records[i] for i in chosen]
+
+
+@torch.no_grad()
+def match_images(
+    cfg: CfgNode, checkpoints: Sequence[str], records: list[dict[str, Any]]
+) -> list[tuple[NDArray[Any], dict[str, Matching]]]:
+    """Match the objects of images with the models of some checkpoints.
+
+    Args:
+        cfg: config of the models.
+        checkpoints: their files.
+        records: images in Detectron2's standard format.
+
+    Returns:
+        Per image, its pixels as the network sees them, (H, W, 3) uint8 RGB, and by the name of
+        each checkpoint the matching; none for an image without objects.
+
+    Raises:
+        FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it is not a FreeAnchor.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
+    # Images as in a test, but with their objects.
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (
+        (cfg.INPUT.MIN_SIZE_TEST,),
+        cfg.INPUT.MAX_SIZE_TEST,
+    )
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
+    mapper, model = Mapper(cfg, is_train=True), build_model(cfg).eval()
+    if not isinstance(model, FreeAnchor):
+        raise FileError(f"{cfg.MODEL.META_ARCHITECTURE} has no bags: give a run of FreeAnchor")
+    images = [mapper(record) for record in records]
+    found: list[dict[str, Matching]] = [{} for _ in images]
+    for checkpoint in checkpoints:
+        Checkpointer(model, cfg).load(checkpoint, checkpointables=[])
+        for image, matchings in zip(images, found):
+            if len(image["instances"]):
+                (matchings[Path(checkpoint).stem],) = model.match_inputs([image])
+    pixels = [convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT) for x in images]
+    return list(zip(pixels, found))
+
+
+def write_pictures(
+    cfg: CfgNode, num_images: int, score_thresh: float, checkpoints: Sequence[str]
+) -> Path:
+    """Write the pictures of the run in `cfg.OUTPUT_DIR`.
+
+    Args:
+        cfg: config of the run.
+        num_images: images per data set of `cfg.DATASETS.TEST`, spread evenly over it.
+        score_thresh: see :func:`freeanchor.visualization.draw_detections`.
+        checkpoints: whose matching is drawn.
+
+    Returns:
+        The folder with the pictures.
+
+    Raises:
+        FileError: see :func:`match_images`.
+    """
+    output_dir = Path(cfg.OUTPUT_DIR)
+    pictures = output_dir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for picture in pictures.glob("*.png"):  # of another model, or other images
+        picture.unlink()
+    draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
+    for name in cfg.DATASETS.TEST:
+        records = DatasetCatalog.get(name)
+        detections = read_detections(cfg, name, records)
+        chosen = choose(records, num_images)
+        for record in chosen:
+            drawn = draw_detections(
+                record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
+            )
+            Image.fromarray(drawn).save(pictures / f"{name}_{record['image_id']}.png")
+        if checkpoints:
+            for record, (image, matchings) in zip(chosen, match_images(cfg, checkpoints, chosen)):
+                if matchings:
+                    path = pictures / f"{name}_{record['image_id']}_matching.png"
+                    draw_matching(image, matchings).savefig(path, dpi=100)
+    return pictures

@@ -1,0 +1,253 @@
+"""Loading weights: what fits is loaded, and what does not is an error that says so."""
+
+import logging
+import pickle
+import re
+
+import pytest
+import torch
+from conftest import GOLDEN, quick_cfg
+from detectron2.modeling import build_model
+from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint, write_checkpoint
+from freeanchor.errors import FileError
+from torch import nn
+
+MMDET = str(GOLDEN / "mmdet_r50.pth")
+
+
+def build(cfg, *options):
+    cfg = cfg.clone()
+    cfg.merge_from_list(list(options))
+    return cfg, build_model(cfg)
+
+
+def saved(tmp_path, cfg, *options):
+    """Weights that no initialisation has, of a model with other options."""
+    _, model = build(cfg, *options)
+    state = {
+        k: torch.rand_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()
+    }
+    write_checkpoint(tmp_path / "saved.pth", state, {})
+    return str(tmp_path / "saved.pth"), state
+
+
+def loaded_names(model, state):
+    return {k for k, v in model.state_dict().items() if k in state and torch.equal(v, state[k])}
+
+
+def test_fine_tuning_to_other_classes(cfg, tmp_path, caplog):
+    """All but the class predictor is loaded; it keeps its initial values, and the log names it."""
+    path, state = saved(tmp_path, cfg, "MODEL.RETINANET.NUM_CLASSES", 5)
+    cfg, model = build(cfg)
+    before = model.head.cls_score.bias.clone()
+    with caplog.at_level(logging.INFO):
+        Checkpointer(model, cfg).load_start(path)
+    anew = {"head.cls_score.weight", "head.cls_score.bias"}
+    assert loaded_names(model, state) == model.state_dict().keys() - anew
+    assert torch.equal(model.head.cls_score.bias, before)
+    message = next(r.message for r in caplog.records if "Initialised anew" in r.message)
+    assert re.findall(r"head\.\w+\.\w+", message) == [
+        "head.cls_score.weight",
+        "head.cls_score.bias",
+    ]
+    assert "(45, 64, 3, 3) instead of (27, 64, 3, 3)" in message
+    count = sum(not k.endswith("num_batches_tracked") for k in model.state_dict())
+    assert f"Loaded {count - 2} of {count} tensors" in caplog.text
+
+
+def test_fine_tuning_to_other_anchors(cfg, tmp_path):
+    """Both predictors are initialised anew."""
+    path, state = saved(tmp_path, cfg)
+    cfg, model = build(cfg, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]])
+    Checkpointer(model, cfg).load_start(path)
+    names = model.state_dict().keys() - loaded_names(model, state)
+    assert {k.rpartition(".")[0] for k in names} == {"head.cls_score", "head.bbox_pred"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("MODEL.RETINANET.NUM_CLASSES", 5),
+        ("MODEL.RETINANET.NUM_CONVS", 1),
+        ("MODEL.RETINANET.NUM_CONVS", 3),
+        ("MODEL.FPN.OUT_CHANNELS", 32),
+        ("MODEL.RESNETS.DEPTH", 34),
+    ],
+)
+def test_a_whole_model_must_match(cfg, tmp_path, options):
+    """To evaluate or resume, one tensor too few or too many is an error."""
+    path, _ = saved(tmp_path, cfg, *options)
+    cfg, model = build(cfg)
+    with pytest.raises(FileError, match=r"saved\.pth are not of this model"):
+        Checkpointer(model, cfg).load(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("MODEL.FPN.OUT_CHANNELS", 32),
+        ("MODEL.RESNETS.DEPTH", 34),
+        ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_training_does_not_start_from_another_backbone(cfg, tmp_path, options, swapped):
+    """Neither a deeper nor a shallower one: Detectron2 would load what has the same name."""
+    path, _ = saved(tmp_path, cfg, *(() if swapped else options))
+    cfg, model = build(cfg, *(options if swapped else ()))
+    with pytest.raises(FileError, match=r"saved\.pth are not of this model: they fill \d+ of its"):
+        Checkpointer(model, cfg).load_start(path)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_weights_of_something_else(cfg, tmp_path, start):
+    """A checkpoint that matches nothing is no random model."""
+    cfg, model = build(cfg)
+    path = tmp_path / "other.pth"
+    torch.save(nn.Linear(2, 3).state_dict(), path)
+    checkpointer = Checkpointer(model, cfg)
+    with pytest.raises(FileError, match=r"other\.pth are not of this model: they fill 0 of its"):
+        (checkpointer.load_start if start else checkpointer.load)(str(path))
+
+
+def test_weights_of_another_detector(cfg, tmp_path, caplog):
+    """A Mask R-CNN's backbone is a start; what it lacks and has besides is named."""
+    path, state = saved(tmp_path, cfg)
+    state = {k: v for k, v in state.items() if k.startswith("backbone.") and "top_block" not in k}
+    state["roi_heads.box_predictor.weight"] = torch.zeros(2)
+    write_checkpoint(path, state, {})
+    cfg, model = build(cfg)
+    Checkpointer(model, cfg).load_start(path)
+    assert loaded_names(model, state) == state.keys() - {"roi_heads.box_predictor.weight"}
+    assert "not in the model: roi_heads.box_predictor.weight" in caplog.text
+    assert re.search(r"Initialised anew: .*backbone\.top_block\.p6\.weight.*head\.cls", caplog.text)
+
+
+def imagenet_state(model):
+    prefix = "backbone.bottom_up."
+    state = model.state_dict()
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize("kind", ["zoo.pkl", "pycls.pyth"])
+def test_detectron2s_own_formats(cfg, tmp_path, kind, norm):
+    """Weights in its names are matched by its heuristics, as in Detectron2."""
+    cfg, model = build(cfg, "MODEL.RESNETS.NORM", norm)
+    state = {
+        k: torch.rand_like(v) for k, v in imagenet_state(model).items() if v.is_floating_point()
+    }
+    path = tmp_path / kind
+    if kind == "zoo.pkl":
+        arrays = {k: v.numpy() for k, v in state.items()}
+        content = {"model": arrays, "__author__": "me", "matching_heuristics": True}
+        path.write_bytes(pickle.dumps({**content, "linear.weight": None}))
+    else:
+        torch.save({"model_state": state, "optimizer_state": {}}, path)
+    Checkpointer(model, cfg).load_start(str(path))
+    assert {k: v for k, v in imagenet_state(model).items() if k in state}.keys() == state.keys()
+    assert all(torch.equal(v, imagenet_state(model)[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_caffe2(cfg, tmp_path, norm):
+    """ImageNet weights of MSRA: in Caffe2's names and without the statistics of batch norm."""
+    cfg.merge_from_list(["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256])
+    cfg, model = build(cfg, "MODEL.RESNETS.NORM", norm)
+    blobs = {}
+    for name, tensor in imagenet_state(model).items():
+        if name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
+            continue
+        name = name.replace("stem.conv1.norm.", "res.conv1_bn.").replace("stem.conv1.", "conv1.")
+        name = re.sub(r"res(\d)\.(\d+)\.shortcut", r"res\1_\2_branch1", name)
+        for number, letter in zip("123", "abc"):
+            name = re.sub(rf"res(\d)\.(\d+)\.conv{number}", rf"res\1_\2_branch2{letter}", name)
+        name = name.replace(".norm.weight", "_bn_s").replace(".norm.bias", "_bn_b")
+        name = name.replace("res.conv1_bn.weight", "res_conv1_bn_s")
+        name = name.replace("res.conv1_bn.bias", "res_conv1_bn_b").replace(".weight", "_w")
+        blobs[name] = torch.rand_like(tensor).numpy()
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": {**blobs, "lr_momentum": 1}}, 2))
+    Checkpointer(model, cfg).load_start(str(tmp_path / "R-50.pkl"))
+    stem = model.backbone.bottom_up.stem.conv1
+    assert torch.equal(stem.weight, torch.tensor(blobs["conv1_w"]))
+    assert torch.equal(stem.norm.weight, torch.tensor(blobs["res_conv1_bn_s"]))
+    last = model.backbone.bottom_up.res5[2].conv3
+    assert torch.equal(last.weight, torch.tensor(blobs["res5_2_branch2c_w"]))
+
+
+@pytest.mark.parametrize("load", ["load", "load_start"])
+def test_old_checkpoints_of_detectron2(cfg, tmp_path, load):
+    """Its zoo's have pixels and anchors, which are the config's now; other pixels are refused."""
+    cfg, model = build(cfg)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    arrays["anchor_generator.cell_anchors.0"] = torch.zeros(9, 4).numpy()
+    arrays["pixel_mean"] = model.pixel_mean.numpy()
+    arrays["pixel_std"] = model.pixel_std.numpy()
+    content = {"model": arrays, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(content))
+    getattr(Checkpointer(model, cfg), load)(str(tmp_path / "zoo.pkl"))
+    cfg, model = build(cfg, "MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    message = re.escape('add MODEL.PIXEL_STD "[57.375, 57.12, 58.395]"')
+    with pytest.raises(FileError, match=message):
+        getattr(Checkpointer(model, cfg), load)(str(tmp_path / "zoo.pkl"))
+
+
+def test_config_that_does_not_fit_the_weights(tmp_path):
+    """It is refused, and the message has the options to add, on the fly and after conversion."""
+    converted = convert(read_checkpoint(MMDET), MMDET)
+    write_checkpoint(tmp_path / "converted.safetensors", converted.weights, converted.config)
+    cfg = converted.build_config()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(["INPUT.FORMAT", "BGR", "MODEL.FREEANCHOR.P7_RELU", True])
+    cfg.merge_from_list(["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]])
+    for path in (MMDET, str(tmp_path / "converted.safetensors")):
+        with pytest.raises(FileError, match=re.escape(path)) as error:
+            Checkpointer(build_model(cfg), cfg).load(path)
+        options = re.findall(r'([A-Z]+\.[A-Z0-9_.]+) "(.*?)"', str(error.value))
+        assert [k for k, _ in options] == [
+            "INPUT.FORMAT",
+            "MODEL.PIXEL_STD",
+            "MODEL.FREEANCHOR.P7_RELU",
+        ]
+        fixed = cfg.clone()
+        fixed.merge_from_list([x for option in options for x in option])
+        Checkpointer(build_model(fixed), fixed).load(path)
+
+
+def test_fine_tuning_a_converted_model_to_other_classes():
+    """The number of classes is the one key that may differ."""
+    cfg = convert(read_checkpoint(MMDET), MMDET).build_config()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 7
+    model = build_model(cfg)
+    with pytest.raises(FileError, match=r'NUM_CLASSES "3"'):
+        Checkpointer(model, cfg).load(MMDET)
+    Checkpointer(model, cfg).load_start(MMDET)
+
+
+@pytest.mark.parametrize("path", ["nowhere.pth", "catalog://nothing", "detectron2x://a.pkl"])
+def test_weights_that_are_not_there(cfg, model, path):
+    """The name is in the message."""
+    with pytest.raises(FileError, match=path):
+        Checkpointer(model, cfg).load(path)
+
+
+def test_no_weights(cfg, model):
+    """An empty name loads nothing, as in Detectron2."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert Checkpointer(model, cfg).load("") == {}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_checkpoints_are_detectron2s(tmp_path, cfg, model):
+    """What is saved loads in Detectron2's own checkpointer, and the other way round."""
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    Checkpointer(model, cfg, str(tmp_path)).save("ours")
+    other = build_model(quick_cfg())
+    found = DetectionCheckpointer(other)._load_file(str(tmp_path / "ours.pth"))
+    assert found.keys() == {"model"}
+    DetectionCheckpointer(other).load(str(tmp_path / "ours.pth"))
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    DetectionCheckpointer(other, str(tmp_path)).save("theirs")
+    Checkpointer(model, cfg).load(str(tmp_path / "theirs.pth"))

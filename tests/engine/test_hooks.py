@@ -1,0 +1,66 @@
+"""What happens between two iterations."""
+
+import pytest
+import torch
+from conftest import instances
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from freeanchor.engine import MatchingPictures, Trainer
+
+
+def test_pictures_of_the_matching_while_training(cfg, storage):
+    """Every so many iterations, of the first image with objects, and without other effects."""
+    batch = [
+        {"image": torch.zeros(3, 64, 64), "instances": instances(boxes, [0] * len(boxes))}
+        for boxes in ([], [[8, 8, 40, 30]])
+    ]
+    states = {}
+    for period in (0, 2):
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        trainer = SimpleTrainer(model, [batch] * 5, build_optimizer(cfg, model))
+        hook = MatchingPictures(model, 2)
+        hook.trainer = trainer
+        seen = []
+        for trainer.iter in range(5):
+            storage.iter = trainer.iter
+            if period:
+                hook.before_step()
+            trainer.run_step()
+            if period:
+                hook.after_step()
+            seen += [(name, i) for name, _, i in storage._vis_data]
+            for _, picture, _ in storage._vis_data:
+                assert picture.shape[0] == 3
+                assert picture.std() > 0
+            storage.clear_images()
+        assert seen == ([("matching", i) for i in (0, 2, 4)] if period else [])
+        assert model.training
+        states[period] = model.state_dict()
+    assert all(torch.equal(states[0][k], v) for k, v in states[2].items())
+
+
+def test_no_picture_of_a_batch_without_objects(cfg, storage):
+    """There is nothing to match."""
+    model = build_model(cfg).train()
+    batch = [{"image": torch.zeros(3, 64, 64), "instances": instances([], [])}] * 2
+    hook = MatchingPictures(model, 1)
+    hook.trainer = SimpleTrainer(model, [batch], build_optimizer(cfg, model))
+    hook.trainer.iter = 0
+    hook.before_step()
+    hook.trainer.run_step()
+    hook.after_step()
+    assert storage._vis_data == []
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("FreeAnchor", 1), ("RetinaNet", 0)])
+def test_trainer_adds_them_by_vis_period(cfg, dataset, tmp_path, architecture, expected):
+    """To a FreeAnchor alone, and before the writers, which would miss its pictures."""
+    cfg.MODEL.META_ARCHITECTURE, cfg.VIS_PERIOD = architecture, 5
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset[0],), (), str(tmp_path)
+    hooks = [type(x) for x in Trainer(cfg)._hooks]
+    assert hooks.count(MatchingPictures) == expected
+    if expected:
+        assert hooks.index(MatchingPictures) < hooks.index(PeriodicWriter)

@@ -1,0 +1,307 @@
+"""The command line: training, resuming, evaluating, and what it refuses."""
+
+import json
+import logging
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import GOLDEN, QUICK, REPOSITORY
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from freeanchor.__main__ import main
+from freeanchor.checkpoint import convert, read_checkpoint
+from freeanchor.visualization import read_metrics
+
+MMDET = GOLDEN / "mmdet_r50.pth"
+TINY = [
+    *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
+]
+
+
+@pytest.fixture
+def train_net(monkeypatch):
+    """Runs `train_net.py` in this process, as a user would on the command line."""
+
+    def run(*arguments, config=QUICK):
+        command = ["train_net.py", "--config-file", str(config), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        return runpy.run_path(str(REPOSITORY / "train_net.py"), run_name="__main__")
+
+    yield run
+    for name in ("detectron2", "fvcore", "freeanchor"):  # Detectron2 logs to a file of this test
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+
+
+@pytest.fixture
+def data_options(coco):
+    """Own data with gaps in the ids of the classes, as on the command line."""
+    train, val = coco(category_ids=(4, 7, 90)), coco(name="val", category_ids=(4, 7, 90))
+    names = ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
+    return ["--dataset", *train, "--dataset", *val], names
+
+
+def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
+    """One run on own data: checkpoints, logs, AP, result file; then --resume; then pictures."""
+    register, names = data_options
+    output = tmp_path / "output"
+    # AMP is for CUDA: without it, it is switched off, not an error.
+    options = [*names, *TINY, "OUTPUT_DIR", output, "SOLVER.AMP.ENABLED", "True"]
+    train_net(*register, *options)
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    metrics = read_metrics(output / "metrics.json")
+    assert metrics[-1]["iteration"] == 3
+    assert "bbox/AP" in metrics[-1]
+    assert {"loss_positive", "loss_negative", "freeanchor/anchors_per_bag"} <= set(metrics[0])
+    results = output / "inference" / "val" / "coco_instances_results.json"
+    detections = json.loads(results.read_text())
+    assert {d["category_id"] for d in detections} <= {4, 7, 90}
+    assert {d["image_id"] for d in detections} == {1, 2, 3, 4}
+    assert "NUM_CLASSES: 3" in (output / "config.yaml").read_text()
+    assert torch.cuda.is_available() or "running on the CPU" in (output / "log.txt").read_text()
+
+    for name in ("train", "val"):
+        forget(name)
+    train_net("--resume", *register, *options, "SOLVER.MAX_ITER", "5")
+    assert "Starting training from iteration 3" in (output / "log.txt").read_text()
+    assert read_metrics(output / "metrics.json")[-1]["iteration"] == 5
+
+    forget("val")
+    several = ["--checkpoints", "model_0000001.pth", "model_final.pth"]
+    for count, more, images in (("2", several, [1, 4]), ("1", [], [1])):
+        options = ["--num-images", count, *register[4:], *more]
+        main(["visualize", str(output), *options])
+        pictures = sorted(p.name for p in (output / "pictures").iterdir())
+        expected = [f"val_{i}{kind}.png" for i in images for kind in ("", "_matching")]
+        assert pictures == sorted(["curves.png", *expected])  # and none of the call before
+
+
+def forget(name):
+    """A new process would not know the data set."""
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_eval_only_of_a_retinanet_checkpoint(train_net, data_options, cfg, tmp_path):
+    """--eval-only with RetinaNet's weights gives RetinaNet's detections, image by image."""
+    register, names = data_options
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    retinanet = build_model(cfg)
+    torch.nn.init.normal_(retinanet.head.cls_score.weight, std=0.2)
+    DetectionCheckpointer(retinanet, str(tmp_path)).save("retinanet")
+    options = [*names, *TINY, "MODEL.WEIGHTS", tmp_path / "retinanet.pth"]
+    found = {}
+    for architecture in ("RetinaNet", "FreeAnchor"):
+        output = tmp_path / architecture
+        extra = ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", output]
+        train_net("--eval-only", *register, *options, *extra)
+        file = output / "inference" / "val" / "coco_instances_results.json"
+        found[architecture] = json.loads(file.read_text())
+        forget("train")
+        forget("val")
+    assert len(found["RetinaNet"]) > 40
+    assert found["FreeAnchor"] == found["RetinaNet"]
+
+
+def test_weights_of_another_project(train_net, data_options, tmp_path):
+    """They are converted on the fly with the config that convert writes, and exported."""
+    register, names = data_options
+    main(["convert", str(MMDET), str(tmp_path / "converted.pth")])
+    found = {}
+    for weights in (
+        MMDET,
+        tmp_path / "converted.pth",
+        tmp_path / MMDET.stem / "model_final.safetensors",
+    ):
+        output = tmp_path / weights.stem
+        options = [*names, *TINY, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+        train_net(
+            "--eval-only",
+            "--export-safetensors",
+            *register,
+            *options,
+            config=tmp_path / "converted.yaml",
+        )
+        file = output / "inference" / "val" / "coco_instances_results.json"
+        found[weights.stem] = json.loads(file.read_text())
+        forget("train")
+        forget("val")
+    assert len(found["converted"]) > 40
+    assert found["mmdet_r50"] == found["converted"] == found["model_final"]
+
+
+def test_training_from_weights_of_another_project(train_net, data_options, tmp_path):
+    """Fine-tuning to two classes, from three; and the weights as .safetensors beside the .pth."""
+    register, names = data_options
+    cfg = convert(read_checkpoint(str(MMDET)), str(MMDET)).build_config()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    (tmp_path / "mmdet.yaml").write_text(cfg.dump())
+    output = tmp_path / "output"
+    options = [*names, *TINY, "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", output]
+    train_net(
+        "--export-safetensors",
+        *register,
+        *options,
+        "MODEL.WEIGHTS",
+        MMDET,
+        config=tmp_path / "mmdet.yaml",
+    )
+    assert "Loaded 293 of 293 tensors" in (output / "log.txt").read_text()
+    exported = read_checkpoint(str(output / "model_final.safetensors"))["model"]
+    saved = read_checkpoint(str(output / "model_final.pth"))["model"]
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[k], v) for k, v in saved.items())
+
+
+def test_weights_that_are_not_there(train_net, data_options, tmp_path):
+    """They are missed before a model is built, also by training."""
+    register, names = data_options
+    output = tmp_path / "output"
+    for extra in ((), ("--eval-only",)):
+        with pytest.raises(SystemExit, match=r"train_net\.py: There is no file nowhere\.pth"):
+            train_net(
+                *extra, *register, *names, "MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", output
+            )
+        forget("train")
+        forget("val")
+    assert not output.exists()
+
+
+def test_evaluation_of_other_classes(train_net, data_options, tmp_path, cfg):
+    """AP of a random predictor is not what was asked for."""
+    register, names = data_options
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("five")
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    with pytest.raises(SystemExit, match=r"five\.pth are not of this model.*head\.cls_score"):
+        train_net("--eval-only", *register, *options, "MODEL.WEIGHTS", tmp_path / "five.pth")
+
+
+def test_resuming_from_a_file_that_was_cut_off(train_net, data_options, tmp_path):
+    """The file is named, so that an earlier one can be taken."""
+    register, names = data_options
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    train_net(*register, *options)
+    forget("train")
+    forget("val")
+    path = tmp_path / "output" / "model_final.pth"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(SystemExit, match=r"train_net\.py: \S+model_final\.pth is damaged"):
+        train_net("--resume", *register, *options, "SOLVER.MAX_ITER", "5")
+
+
+def test_hostile_config(train_net, tmp_path):
+    """It is refused with its name."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'canary'}']\n")
+    with pytest.raises(SystemExit, match=r"hostile\.yaml: .*Python objects could run code"):
+        train_net(config=path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_wrong_number_of_classes(train_net, data_options, tmp_path):
+    """It ends with both numbers, before a model is built or a file is written."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match="NUM_CLASSES is 80, but train has 3 classes"):
+        train_net(*register, *names, "MODEL.RETINANET.NUM_CLASSES", "80", "OUTPUT_DIR", output)
+    assert not output.exists()
+
+
+def test_missing_test_image_is_found_before_training(train_net, coco, tmp_path):
+    """Not after hours, when the evaluation begins."""
+    train, val = coco(), coco(name="val")
+    (tmp_path / "val" / "3.png").unlink()
+    options = ["--dataset", *train, "--dataset", *val, "DATASETS.TRAIN", "('train',)"]
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=r"val.3\.png is missing"):
+        train_net(*options, "DATASETS.TEST", "('val',)", *TINY, "OUTPUT_DIR", output)
+    assert not (output / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_image_in_training(train_net, data_options, tmp_path, num_workers):
+    """Damage that only decoding finds ends in one sentence too, also from a worker process."""
+    register, names = data_options
+    for path in (tmp_path / "train").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:300] + content[-50:])
+    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    with pytest.raises(SystemExit) as error:
+        train_net(*register, *options, "DATALOADER.NUM_WORKERS", num_workers)
+    assert re.fullmatch(r"train_net\.py: \S+\.png cannot be read: .*", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", "8"], "IMS_PER_BATCH 2 is no multiple of .* 8"),
+    ],
+)
+def test_options_that_do_not_go_together(train_net, data_options, tmp_path, options, expected):
+    """They are refused with the names of the keys, before anything is done."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=expected):
+        train_net(*register, *names, *TINY, "OUTPUT_DIR", output, *options)
+    assert not output.exists()
+
+
+def test_eval_only_without_weights(train_net, data_options):
+    """AP of a random model is not what was asked for."""
+    register, names = data_options
+    with pytest.raises(SystemExit, match=r"--eval-only needs MODEL\.WEIGHTS"):
+        train_net("--eval-only", *register, *names)
+
+
+def test_config_file_that_is_not_there(train_net):
+    """The file is named."""
+    with pytest.raises(SystemExit, match=r"there is no file 'nowhere\.yaml'"):
+        train_net(config="nowhere.yaml")
+
+
+def test_more_gpus_than_there_are(train_net, monkeypatch):
+    """The number that was found is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="--num-gpus 8: this machine has 2"):
+        train_net("--num-gpus", "8")
+
+
+def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path):
+    """Without ImageNet weights, a frozen backbone learns nothing."""
+    register, names = data_options
+    output = tmp_path / "output"
+    train_net(*register, *names, *TINY, "MODEL.BACKBONE.FREEZE_AT", "2", "OUTPUT_DIR", output)
+    assert "MODEL.WEIGHTS is empty" in (output / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, several):
+    """NMS recall, parts of AP and test-time augmentation, each beside the others."""
+    register, names = data_options
+    names = [*names[:3], "('val','train')"] if several else names
+    options = [*names, *TINY, "TEST.NMS_RECALL", "True", "TEST.AUG.ENABLED", "True"]
+    options += ["TEST.AUG.MIN_SIZES", "(64, 96)", "OUTPUT_DIR", tmp_path / "output"]
+    train_net(*register, *options)
+    (metrics,) = (
+        x
+        for x in read_metrics(tmp_path / "output" / "metrics.json")
+        if "bbox/AP" in x or "val/bbox/AP" in x
+    )
+    for name in ("nms_recall/NR", "aspect_ratio/AP>5", "crowding/AR0", "bbox_TTA/AP"):
+        assert (f"train/{name}" if several else name) in metrics
+    for folder in ("inference", "inference_TTA"):
+        path = tmp_path / "output" / folder / "val" / "coco_instances_results.json"
+        assert json.loads(path.read_text())

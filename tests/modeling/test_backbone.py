@@ -1,0 +1,167 @@
+"""The variants of other implementations, each against Detectron2's and by itself."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import instances, quick_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator, build_model
+from freeanchor.layers import ops
+from torch.nn import functional as F
+
+
+def build(*options):
+    cfg = quick_cfg()  # with batch norm, which one small image is too little for
+    for key in ("MODEL.FPN.NORM", "MODEL.RETINANET.NORM"):
+        cfg.merge_from_list([key, ""])
+    cfg.merge_from_list(["MODEL.RESNETS.NORM", "FrozenBN", *options])
+    return build_model(cfg).eval()
+
+
+@torch.no_grad()
+def features(model, seed=0):
+    torch.manual_seed(seed)
+    return model.backbone(torch.randn(1, 3, 64, 96))
+
+
+def test_defaults_are_detectron2s():
+    """With the default keys, the backbone computes what Detectron2's own computes."""
+    ours = build()
+    theirs = build("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")
+    theirs.load_state_dict(ours.state_dict())
+    expected = features(theirs)
+    assert all(torch.equal(x, expected[k]) for k, x in features(ours).items())
+
+
+@pytest.mark.parametrize("p6_from", ["res5", "p5"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_top_levels(p6_from, relu):
+    """P6 and P7 are the convolutions of what the keys name."""
+    model = build("MODEL.FREEANCHOR.P6_IN_FEATURE", p6_from, "MODEL.FREEANCHOR.P7_RELU", relu)
+    found = features(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        bottom_up = model.backbone.bottom_up(torch.randn(1, 3, 64, 96))
+        block = model.backbone.top_block
+        source = found["p5"] if p6_from == "p5" else bottom_up["res5"]
+        p6 = F.conv2d(source, block.p6.weight, block.p6.bias, stride=2, padding=1)
+        p7 = F.conv2d(p6.relu() if relu else p6, block.p7.weight, block.p7.bias, 2, 1)
+    torch.testing.assert_close(found["p6"], p6)
+    torch.testing.assert_close(found["p7"], p7)
+    assert model.backbone.output_shape()["p7"].stride == 128
+
+
+def test_unknown_source_of_p6():
+    """The two that there are, are named."""
+    with pytest.raises(ValueError, match="must be res5 or p5, got 'res4'"):
+        build("MODEL.FREEANCHOR.P6_IN_FEATURE", "res4")
+
+
+@pytest.mark.parametrize(("key", "value"), [("P6_IN_FEATURE", "p5"), ("P7_RELU", False)])
+def test_backbone_that_ignores_the_keys(key, value):
+    """Weights that need them would detect something else, without a word."""
+    name = ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")
+    with pytest.raises(ValueError, match="set it to build_freeanchor_resnet_fpn_backbone"):
+        build(*name, f"MODEL.FREEANCHOR.{key}", value)
+
+
+def rounded_generator():
+    cfg = quick_cfg()
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "RoundedAnchorGenerator"
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    return build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in (8, 16, 32, 64, 128)])
+
+
+def test_rounded_anchors():
+    """Shapes that are known from Faster R-CNN: of 8 pixels, 11 x 6, 8 x 8 and 6 x 12, enlarged."""
+    boxes = rounded_generator()([torch.zeros(1, 1, 2, 3)] * 5)[0].tensor.view(2, 3, 3, 3, 4)
+    for size in range(3):
+        for ratio, (width, height) in enumerate(((11, 6), (8, 8), (6, 12))):
+            half = torch.tensor([width, height]) * 4 * 2 ** (size / 3) / 2
+            for y in range(2):
+                for x in range(3):
+                    center = torch.tensor([8.0 * x + 4, 8.0 * y + 4])
+                    expected = torch.cat([center - half, center + half])
+                    torch.testing.assert_close(boxes[y, x, size, ratio], expected)
+
+
+def test_rounded_anchors_are_searched_as_grids(monkeypatch):
+    """They get the fast search, with the bags of the search through all anchors."""
+    model = build(
+        *("MODEL.ANCHOR_GENERATOR.NAME", "RoundedAnchorGenerator"),
+        *("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5),
+    ).train()
+    shapes = []
+
+    def search(levels, boxes, k):
+        shapes.extend(x.dim() for x in levels)
+        bag = ops.iou_topk(levels, boxes, k)
+        assert torch.equal(bag, ops.iou_topk([x.reshape(-1, 4) for x in levels], boxes, k))
+        return bag
+
+    monkeypatch.setattr("freeanchor.modeling.meta_arch.iou_topk", search)
+    target = instances([[5, 5, 40, 60], [70, 8, 90, 20]], [0, 2])
+    model([{"image": torch.zeros(3, 96, 128), "instances": target}])
+    assert shapes == [4] * 5
+
+
+def inclusive(x, scale):
+    """The paper's repository: from a box in Detectron2's convention, and back, through resizing."""
+    x1, x2 = x[0] * scale, (x[0] + max(x[1] - x[0] - 1, 0)) * scale
+    return x1, x2 + 1
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])
+def test_inclusive_corners_in_training(monkeypatch, scale):
+    """Ground truth is what the repository's `resize` makes of it, and the input is left alone."""
+    original, width, height = [10.0, 20.0, 30.0, 20.4], int(64 * scale), int(48 * scale)
+    target = instances([[v * scale for v in original]], [1], (height, width))
+    batch = [{"image": torch.zeros(3, height, width), "instances": target}]
+    batch[0].update(width=64, height=48)
+    before = copy.deepcopy(target.gt_boxes.tensor)
+    model, seen = build("MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True).train(), []
+    losses = model.losses
+
+    def spy(anchors, logits, deltas, gt_instances):
+        seen.extend(x.gt_boxes.tensor for x in gt_instances)
+        return losses(anchors, logits, deltas, gt_instances)
+
+    monkeypatch.setattr(model, "losses", spy)
+    model(batch)
+    (x1, x2), (y1, y2) = inclusive((10, 30), scale), inclusive((20, 20.4), scale)
+    # 0.4 pixels are less than one, which is as little as the repository has
+    expected = torch.tensor([[x1, y1, x2, max(y2, y1 + 1)]])
+    torch.testing.assert_close(seen[0], expected)
+    assert torch.equal(target.gt_boxes.tensor, before)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])
+def test_inclusive_corners_in_inference(scale):
+    """Detections are those of the repository: they undo what training does."""
+    options = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.NMS_THRESH_TEST", 0.3)
+    plain = build(*options)
+    ours = build(*options, "MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True)
+    ours.load_state_dict(plain.state_dict())
+    height, width = int(480 * scale), int(640 * scale)
+    image = torch.randint(0, 256, (3, height, width)).float()
+    batch = [{"image": image, "height": 480, "width": 640}]
+    with torch.no_grad():
+        expected = plain([{"image": image}])[0]["instances"].pred_boxes.tensor  # network size
+        found = ours(batch)[0]["instances"].pred_boxes.tensor
+    x1, y1, x2, y2 = expected.unbind(1)
+    expected = torch.stack(
+        [x1 / scale, y1 / scale, (x2 - 1) / scale + 1, (y2 - 1) / scale + 1], dim=1
+    )
+    limit = torch.tensor([640.0, 480.0, 640.0, 480.0])
+    torch.testing.assert_close(found, torch.minimum(expected, limit), rtol=1e-5, atol=1e-3)
+    assert len(found) > 50
+    assert not math.isclose(scale, 1) or torch.equal(found, expected)
+
+
+def test_models_with_default_keys_have_no_hooks():
+    """The variant costs nothing where it is not asked for."""
+    model = build()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks

@@ -1,0 +1,163 @@
+"""The package as a whole: its floors, its public names, its command line."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+
+import freeanchor
+import pytest
+from conftest import REPOSITORY
+from freeanchor.__main__ import main
+
+PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
+# From the ground up. What is on one floor does not import each other.
+FLOORS = (
+    ("errors", "compat"),
+    ("command_line", "config", "layers"),
+    ("modeling",),
+    ("checkpoint", "evaluation"),
+    ("data", "model_zoo"),
+    ("visualization",),
+    ("engine", "deploy"),
+    ("__main__", "__init__"),
+)
+ROOMS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())
+
+
+def imports(path):
+    """The modules of the package that a file imports, anywhere in it, by their full names."""
+    package = ["freeanchor", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = [*start, *(node.module or "").split(".")] if node.module else start
+            if module[:1] == ["freeanchor"]:
+                for alias in node.names:
+                    yield (*module[1:], alias.name)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "freeanchor":
+                    yield tuple(alias.name.split(".")[1:])
+
+
+def test_no_import_runs_up():
+    """Not between rooms, and lazy imports count too."""
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for target in imports(path):
+            if target and target[0] != room:
+                assert target[0] in floor, f"{path} imports from a room without a floor: {target}"
+                assert floor[target[0]] < floor[room], f"{path} imports {'.'.join(target)}"
+
+
+def test_no_circle_within_a_room():
+    """Each module of a room comes after those that it imports."""
+    for room in ROOMS:
+        modules = {p.stem for p in (PACKAGE / room).glob("*.py")} - {"__init__"}
+        needs = {
+            m: {t[1] for t in imports(PACKAGE / room / f"{m}.py") if t[0] == room and len(t) > 1}
+            & modules
+            for m in modules
+        }
+        while free := [m for m, others in needs.items() if not others & needs.keys()]:
+            for m in free:
+                del needs[m]
+        assert not needs, f"{room}: a circle among {sorted(needs)}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_names(room):
+    """A room hands on what it imports, in order, and no more."""
+    module = importlib.import_module(f"freeanchor.{room}")
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    given = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if node.module is not None
+    }
+    assert set(module.__all__) == given
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_names_in_the_documents():
+    """Every `freeanchor.x.y` in README and docs can be imported."""
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        text = path.read_text()
+        for name in set(re.findall(r"`(freeanchor(?:\.[a-zA-Z_]+)+)[`(]", text)):
+            *parents, last = name.split(".")
+            try:
+                found = hasattr(importlib.import_module(".".join(parents)), last)
+                found = found or importlib.util.find_spec(name) is not None
+            except ModuleNotFoundError:
+                found = False
+            assert found, f"{path.name} names {name}"
+        for room, names in re.findall(r"from freeanchor\.?([\w.]*) import ([\w, ]+)", text):
+            module = importlib.import_module(f"freeanchor.{room}".rstrip("."))
+            for name in names.split(", "):
+                try:
+                    known = hasattr(module, name) or importlib.import_module(
+                        f"{module.__name__}.{name}"
+                    )
+                except ModuleNotFoundError:
+                    known = False
+                assert known, f"{path.name} imports {name} from {module.__name__}"
+
+
+def test_top_level_names():
+    """What every script of a user needs."""
+    assert freeanchor.__all__ == ["FreeAnchor", "add_freeanchor_config"]
+    assert all(hasattr(freeanchor, name) for name in freeanchor.__all__)
+
+
+def test_help_lists_the_commands(capsys):
+    """Each has a line of its own, and a --help."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert {"visualize", "report", "convert", "shapes"} <= set(commands)
+    for command in commands:
+        with pytest.raises(SystemExit) as status:
+            main([command, "--help"])
+        assert status.value.code == 0
+        assert f"usage: freeanchor {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    """Neither PyTorch nor Detectron2, which take seconds."""
+    code = (
+        "import runpy, sys; sys.argv = ['freeanchor', '--help']\n"
+        "try: runpy.run_module('freeanchor', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'freeanchor.command_line' in sys.modules\n"
+        "assert not {'torch', 'detectron2', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "how", [["-m", "freeanchor"], ["-c", "from freeanchor.__main__ import main; main()"]]
+)
+def test_errors_of_commands(how, tmp_path):
+    """One sentence and exit status 1, however the command line is started."""
+    done = subprocess.run(
+        [sys.executable, *how, "convert", "nowhere.pth", "out.pth"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "freeanchor convert: There is no file nowhere.pth"
+
+
+def test_wrong_options(tmp_path, cfg, coco):
+    """A key that there is not is named, and a value without a key."""
+    for file, text in (("config.yaml", cfg.dump()), ("metrics.json", "")):
+        (tmp_path / file).write_text(text)
+    with pytest.raises(SystemExit, match=r"freeanchor report: MODEL\.NO_KEY 1: .*NO_KEY"):
+        main(["report", str(tmp_path), "--opts", "MODEL.NO_KEY", "1"])
