@@ -105,6 +105,18 @@ def test_page_of_a_run_that_was_not_evaluated_in_training(run):
     assert len(page.sources) == 1 + 3
 
 
+def test_parts_in_the_order_of_their_limits(run):
+    """Not in that of the alphabet, in which the file has them."""
+    cfg, _, output = run
+    parts = {"aspect_ratio": ("<=2", "2..3", "3..5", ">5"), "crowding": ("0", "<=0.3", ">0.3")}
+    values = {f"{task}/{m}{x}": 1.0 for task in parts for m in ("AP", "AR") for x in parts[task]}
+    line = json.dumps({"iteration": 9, **METRICS, **values}, sort_keys=True)
+    (output / "metrics.json").write_text(f"{line}\n")
+    text = " ".join(Page(report.write_report(cfg, 1, 0.5).read_text()).texts)
+    for names in parts.values():
+        assert " ".join(f"{name} 1.0 1.0" for name in names) in text
+
+
 def test_page_of_several_data_sets(run, coco):
     """Each has its own figures, which Detectron2 puts under its name."""
     cfg, _, output = run
