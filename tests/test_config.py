@@ -12,6 +12,7 @@ from freeanchor import FreeAnchor
 from freeanchor.checkpoint import catalog
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
+from iopath.common.file_io import HTTPURLHandler
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
 MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*.yaml"))
@@ -168,3 +169,25 @@ def test_missing_config(tmp_path):
     """Its name is in the message."""
     with pytest.raises(FileError, match=r"none\.yaml"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_base_from_the_net(tmp_path, monkeypatch):
+    """A config from anywhere does not make this machine fetch what it names, also by its base."""
+    fetched = []
+    monkeypatch.setattr(
+        HTTPURLHandler, "_get_local_path", lambda self, path, **kwargs: fetched.append(path)
+    )
+    (tmp_path / "base.yaml").write_text('_BASE_: "http://127.0.0.1:1/base.yaml"\nVERSION: 2\n')
+    (tmp_path / "leaf.yaml").write_text('_BASE_: ["base.yaml"]\nVERSION: 2\n')
+    for name in ("base", "leaf"):
+        with pytest.raises(FileError, match=r"base\.yaml takes its _BASE_ from http://127"):
+            read_config(tmp_path / f"{name}.yaml")
+    assert fetched == []
+
+
+def test_config_that_is_its_own_base(tmp_path):
+    """One sentence instead of a RecursionError."""
+    (tmp_path / "a.yaml").write_text('_BASE_: "b.yaml"\nVERSION: 2\n')
+    (tmp_path / "b.yaml").write_text('_BASE_: "a.yaml"\nVERSION: 2\n')
+    with pytest.raises(FileError, match=r"a\.yaml is its own _BASE_"):
+        read_config(tmp_path / "a.yaml")

@@ -8,8 +8,14 @@ import pytest
 import torch
 from conftest import GOLDEN, quick_cfg
 from detectron2.modeling import build_model
-from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint, write_checkpoint
-from freeanchor.errors import FileError
+from freeanchor.checkpoint import (
+    Checkpointer,
+    convert,
+    convert_file,
+    read_checkpoint,
+    write_checkpoint,
+)
+from freeanchor.errors import FileError, FreeAnchorError
 from torch import nn
 
 MMDET = str(GOLDEN / "mmdet_r50.pth")
@@ -251,3 +257,14 @@ def test_checkpoints_are_detectron2s(tmp_path, cfg, model):
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
     DetectionCheckpointer(other, str(tmp_path)).save("theirs")
     Checkpointer(model, cfg).load(str(tmp_path / "theirs.pth"))
+
+
+@pytest.mark.parametrize("key", ["MODEL.NO_SUCH", "NO.SUCH", "MODEL.DEVICE.X"])
+def test_weights_that_need_an_unknown_key(cfg, tmp_path, key):
+    """As of a newer version, or damaged: the key is named, also by convert."""
+    _, model = build(cfg)
+    write_checkpoint(tmp_path / "a.safetensors", model.state_dict(), {key: 1})
+    with pytest.raises(FileError, match=f"need the config key {key}"):
+        Checkpointer(model, cfg).load(str(tmp_path / "a.safetensors"))
+    with pytest.raises(FreeAnchorError, match=key):
+        convert_file(str(tmp_path / "a.safetensors"), tmp_path / "b.pth")

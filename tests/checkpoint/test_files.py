@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -308,3 +309,38 @@ def test_config_in_safetensors_that_is_no_json(tmp_path):
     files.save_file(TENSORS, path, {files.CONFIG_KEY: "{"})
     with pytest.raises(FileError, match=r"a\.safetensors is damaged"):
         read_checkpoint(str(path))
+
+
+def test_checkpoint_that_unpacks_to_much_more(tmp_path, monkeypatch):
+    """A compressed zip, and a tensor that repeats one element: refused before memory is taken."""
+    plain, bomb = tmp_path / "plain.pth", tmp_path / "bomb.pth"
+    torch.save({"model": {"a": torch.zeros(2**24)}}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+    expanded = tmp_path / "expanded.pth"
+    torch.save({"model": {"a": torch.zeros(1).expand(2**12, 2**12)}}, expanded)
+    assert max(bomb.stat().st_size, expanded.stat().st_size) < 2**20
+    for path in (bomb, expanded):
+        with pytest.raises(FileError, match=rf"{path.name} would take 64 MiB of memory"):
+            read_checkpoint(str(path))
+    assert read_checkpoint(str(plain))["model"]["a"].numel() == 2**24
+    monkeypatch.setenv("FREEANCHOR_UNSAFE_LOAD", "1")
+    assert read_checkpoint(str(expanded))["model"]["a"].numel() == 2**24
+
+
+def test_pickle_that_nests_without_end(tmp_path):
+    """2^64 lists of a few hundred bytes, each there once, are read in no time."""
+    value = [1.0]
+    for _ in range(64):
+        value = [value, value]
+    (tmp_path / "nested.pkl").write_bytes(pickle.dumps({"model": {"a": value}}, 2))
+    assert len(read_checkpoint(str(tmp_path / "nested.pkl"))["model"]["a"]) == 2
+
+
+@pytest.mark.parametrize("config", ["[1]", "3", "null"])
+def test_config_in_safetensors_that_is_no_dictionary(tmp_path, config):
+    """It is damage, not an AttributeError later."""
+    files.save_file(TENSORS, tmp_path / "a.safetensors", {files.CONFIG_KEY: config})
+    with pytest.raises(FileError, match=r"a\.safetensors is damaged"):
+        read_checkpoint(str(tmp_path / "a.safetensors"))

@@ -8,9 +8,11 @@ variable, because a config could set a config key.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .errors import FileError, FreeAnchorError
 
@@ -78,9 +80,11 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
     """Merge a yaml file into a config, like `cfg.merge_from_file` but never by unsafe loading.
 
     Raises:
-        FileError: the file is not there or no yaml, holds Python objects or unknown keys, or makes
-            Detectron2 read pickles.
+        FileError: the file is not there or no yaml, holds Python objects or unknown keys, has a
+            `_BASE_` from the net, or makes Detectron2 read pickles.
     """
+    if not is_unsafe_allowed():
+        _check_bases(str(path), ())
     try:
         cfg.merge_from_file(str(path), allow_unsafe=is_unsafe_allowed())
     except yaml.constructor.ConstructorError as e:
@@ -100,7 +104,33 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
         )
 
 
-def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
+def _check_bases(path: str, seen: tuple[str, ...]) -> None:
+    """Refuse a `_BASE_` from the net, which Detectron2 would fetch, and one that is its own base.
+
+    Files that cannot be read are left to Detectron2.
+
+    Raises:
+        FileError: the message says which file has the base.
+    """
+    if path in seen:
+        raise FileError(f"{path} is its own _BASE_, by {' and '.join(seen)}")
+    try:
+        with PathManager.open(path) as f:
+            content = yaml.safe_load(f)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return
+    bases = content.get("_BASE_", []) if isinstance(content, dict) else []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if "://" in str(base):
+            raise FileError(
+                f"{path} takes its _BASE_ from {base}: get that file and name it in _BASE_, or: "
+                f"{OPT_IN[0].lower()}{OPT_IN[1:]}"
+            )
+        name = os.path.expanduser(str(base))
+        _check_bases(os.path.join(os.path.dirname(path), name), (*seen, path))
+
+
+def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     """Change a config by the keys and values of a command line, one after another.
 
     Raises:
@@ -109,4 +139,6 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
     try:
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError, TypeError, ValueError) as e:
-        raise FreeAnchorError(f"{' '.join(options)}: {e.args[0] if e.args else e!r}") from e
+        raise FreeAnchorError(
+            f"{' '.join(map(str, options))}: {e.args[0] if e.args else e!r}"
+        ) from e

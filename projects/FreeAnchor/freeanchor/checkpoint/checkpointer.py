@@ -102,6 +102,11 @@ class Checkpointer(DetectionCheckpointer):
         for key, value in config.items():
             node = self.cfg
             for part in key.split("."):
+                if not isinstance(node, CfgNode) or part not in node:
+                    raise FileError(
+                        f"The weights {self.path} need the config key {key}, which this FreeAnchor "
+                        "does not have: they are damaged, or of a newer version"
+                    )
                 node = node[part]
             is_same = list(node) == list(value) if isinstance(node, list | tuple) else node == value
             if not is_same and not (self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"):

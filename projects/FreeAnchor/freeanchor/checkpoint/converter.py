@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from .. import modeling  # noqa: F401  # registers what the configs name
-from ..config import CONFIGS, read_config
+from ..config import CONFIGS, merge_options, read_config
 from ..errors import FileError, shorten
 
 __all__ = ["Converted", "Converter", "is_counter", "numbered"]
@@ -52,7 +52,7 @@ class Converted(NamedTuple):
     def build_config(self) -> CfgNode:
         """The whole config of these weights."""
         cfg = read_config(CONFIGS / "Base-FreeAnchor.yaml")
-        cfg.merge_from_list([x for item in self.config.items() for x in item])
+        merge_options(cfg, [x for item in self.config.items() for x in item])
         return cfg
 
 

@@ -10,9 +10,11 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # Entry of a checkpoint: the config keys that its weights need, see `freeanchor.checkpoint.convert`.
 CONFIG_KEY = "freeanchor_config"
+# What a file holds may take more memory than the file: tied weights, small headers.
+_MOST_TIMES_LARGER = 10
+_ALWAYS_ALLOWED = 2**24
 
 
 def find(path: str) -> str:
@@ -91,9 +96,37 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"{path} is damaged, cut off or of another type than its name says ({reason}): get it "
             "again from where it came from"
         ) from e
+    if not is_unsafe_allowed():
+        _check_size(path, _num_bytes(checkpoint, set()))
     if not isinstance(checkpoint, dict):
         raise FileError(f"{path} holds one {type(checkpoint).__name__}, not tensors with names")
+    if not isinstance(checkpoint.get(CONFIG_KEY, {}), dict):
+        raise FileError(f"{path} is damaged: the config keys in it are none")
     return checkpoint
+
+
+def _check_size(path: str, num_bytes: int) -> None:
+    """Refuse what would fill the memory from a small file: no format here compresses tensors."""
+    limit = _MOST_TIMES_LARGER * os.path.getsize(path) + _ALWAYS_ALLOWED
+    if num_bytes > limit:
+        raise FileError(
+            f"{path} would take {num_bytes / 2**20:.0f} MiB of memory, though the file has only "
+            f"{os.path.getsize(path) / 2**20:.1f}: it is damaged or made to do harm. {OPT_IN}"
+        )
+
+
+def _num_bytes(value: Any, seen: set[int]) -> int:
+    """The size of all tensors and arrays in containers, as if each had its own memory."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(_num_bytes(v, seen) for v in value)
 
 
 def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -135,6 +168,9 @@ def _read_safetensors(path: str) -> dict[str, Any]:
 def _read_torch(path: str) -> Any:
     if is_unsafe_allowed():
         return torch.load(path, map_location="cpu", weights_only=False)
+    if zipfile.is_zipfile(path):  # PyTorch's own are not compressed, but would be read
+        with zipfile.ZipFile(path) as archive:
+            _check_size(path, sum(x.file_size for x in archive.infolist()))
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if version < (2, 6):
         raise FileError(

@@ -97,15 +97,21 @@ def load(file: IO[bytes]) -> Any:
     Raises:
         RefusedError: the pickle holds something else.
     """
-    return _arrays(_Unpickler(file, encoding="latin1").load())
+    return _arrays(_Unpickler(file, encoding="latin1").load(), {})
 
 
-def _arrays(value: Any) -> Any:
-    """The same containers with arrays instead of what stood in for them."""
-    if isinstance(value, dict):
-        return {k: _arrays(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_arrays(v) for v in value)
+def _arrays(value: Any, done: dict[int, Any]) -> Any:
+    """The same containers with arrays instead of what stood in for them.
+
+    What is there many times is done once: a pickle of a few bytes can nest it without end.
+    """
+    if isinstance(value, dict | list | tuple):
+        if id(value) not in done:
+            if isinstance(value, dict):
+                done[id(value)] = {k: _arrays(v, done) for k, v in value.items()}
+            else:
+                done[id(value)] = type(value)(_arrays(v, done) for v in value)
+        return done[id(value)]
     return value.array if isinstance(value, _Array) else value
 
 
