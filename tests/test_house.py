@@ -108,6 +108,21 @@ def test_names_in_the_documents():
                 assert known, f"{path.name} imports {name} from {module.__name__}"
 
 
+def test_links_of_the_documents():
+    """Files and headings that README, CONTRIBUTING and docs link to are there."""
+    for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if "://" in link:
+                continue
+            name, _, heading = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), f"{path.name} links to {link}"
+            if heading:
+                headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings}
+                assert heading in anchors, f"{path.name} links to {link}"
+
+
 def test_top_level_names():
     """What every script of a user needs."""
     assert freeanchor.__all__ == ["FreeAnchor", "add_freeanchor_config"]
