@@ -265,6 +265,15 @@ def test_eval_only_without_weights(train_net, data_options):
         train_net("--eval-only", *register, *names)
 
 
+def test_eval_only_of_a_run_that_is_not_there(train_net, data_options, tmp_path):
+    """--resume in an empty folder does not evaluate a random model either."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=f"--resume: there is no checkpoint in {output}"):
+        train_net("--eval-only", "--resume", *register, *names, "OUTPUT_DIR", output)
+    assert not output.exists()
+
+
 def test_config_file_that_is_not_there(train_net):
     """The file is named."""
     with pytest.raises(SystemExit, match=r"there is no file 'nowhere\.yaml'"):

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from freeanchor import evaluation
+from freeanchor.errors import DatasetError
 from freeanchor.evaluation import BoxEvaluator, aspect_ratios, boxes, crowding
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def evaluate(evaluator, detections, num_images):
+def evaluate(evaluator, detections, num_images, image_id=lambda i: i):
     """Evaluate (image, class, box, score), the box as x y width height."""
     evaluator.reset()
     for image in range(1, num_images + 1):
@@ -27,7 +29,7 @@ def evaluate(evaluator, detections, num_images):
         found.pred_boxes = Boxes(boxes)
         found.pred_classes = torch.tensor([d[1] for d in those], dtype=torch.int64)
         found.scores = torch.tensor([d[3] for d in those], dtype=torch.float32)
-        evaluator.process([{"image_id": image}], [{"instances": found}])
+        evaluator.process([{"image_id": image_id(image)}], [{"instances": found}])
     return evaluator.evaluate()
 
 
@@ -141,6 +143,142 @@ def test_parts_by_hand(register):
     assert math.isnan(crowd["AR<=0.3"])
     assert crowd["AR>0.3"] == pytest.approx(50)
     assert crowd["AP>0.3"] == pytest.approx(100 * 51 / 101)
+
+
+def with_ids(content, image_id, category_id, annotation_id):
+    """The same data set with other ids, and without what COCO files may lack."""
+    content = json.loads(json.dumps(content))
+    for x in content["images"]:
+        x["id"] = image_id(x["id"])
+    for x in content["categories"]:
+        x["id"] = category_id(x["id"])
+    for i, x in enumerate(content["annotations"]):
+        x["id"] = annotation_id(i)
+        x["image_id"], x["category_id"] = image_id(x["image_id"]), category_id(x["category_id"])
+        del x["area"]
+        if not x["iscrowd"]:
+            x["iscrowd"] = None
+    return content
+
+
+@pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        (lambda i: i - 5, lambda c: -c, lambda i: -i),
+        (lambda i: f"{i:06}", lambda c: f"c{9 - c}", lambda i: f"a{i}"),
+        (lambda i: f"../{i}" if i % 2 else i, lambda c: c - 3, lambda i: 0 if i == 1 else 9 - i),
+    ],
+    ids=["negative", "text", "mixed and zero"],
+)
+def test_ids_change_no_figure(register, tmp_path, monkeypatch, ids, back_end):
+    """Whatever the ids, the results are pycocotools' with ids from 1; written are the user's."""
+    objects, detections = random_case(3)
+    expected = evaluate(
+        COCOEvaluator(register("plain", objects, num_images=12), use_fast_impl=False),
+        detections,
+        12,
+    )["bbox"]
+    content = with_ids(json.loads((tmp_path / "plain.json").read_text()), *ids)
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    MetadataCatalog.get("other").set(
+        json_file=str(tmp_path / "other.json"),
+        thing_classes=[f"class {c}" for c in (3, 7, 8)],
+        thing_dataset_id_to_contiguous_id={ids[1](c): i for i, c in enumerate((3, 7, 8))},
+    )
+    if back_end == "pycocotools":
+        monkeypatch.setattr(boxes, "COCO", COCO)
+        monkeypatch.setattr(boxes, "COCOeval", COCOeval)
+    evaluator = BoxEvaluator("other", output_dir=str(tmp_path))
+    found = evaluate(evaluator, detections, 12, image_id=ids[0])["bbox"]
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert {x["image_id"] for x in written} == {ids[0](d[0]) for d in detections}
+    assert {x["category_id"] for x in written} == {ids[1]((3, 7, 8)[d[1]]) for d in detections}
+    MetadataCatalog.pop("other")
+
+
+@pytest.mark.parametrize("source", ["coco_truth", "records"])
+def test_truth_from_elsewhere_than_a_file(register, tmp_path, source):
+    """What `freeanchor.data` hands over, and records that Python registers, give the same."""
+    objects, detections = random_case(4)
+    name = register("file", objects, num_images=12)
+    expected = evaluate(BoxEvaluator(name), detections, 12)
+    content = json.loads((tmp_path / "file.json").read_text())
+    if source == "records":
+        records = DatasetCatalog.get(name)
+        DatasetCatalog.register("other", lambda: records)
+    else:
+        for x in content["images"]:
+            x["original_id"] = x["id"]
+            x["id"] += 100
+        for x in content["annotations"]:
+            x["image_id"] += 100
+            x["category_id"] = 1 + (3, 7, 8).index(x["category_id"])
+        content["categories"] = [{"id": i + 1, "name": str(i)} for i in range(3)]
+        MetadataCatalog.get("other").coco_truth = lambda: content
+    MetadataCatalog.get("other").thing_classes = [f"class {c}" for c in (3, 7, 8)]
+    results = evaluate(BoxEvaluator("other"), detections, 12)
+    assert results == {
+        task: pytest.approx(values, rel=1e-12, nan_ok=True) for task, values in expected.items()
+    }
+    MetadataCatalog.pop("other")
+
+
+@pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
+def test_more_than_100_detections(register, monkeypatch, back_end):
+    """A model with more detections per image is not measured by its first 100."""
+    if back_end == "pycocotools":
+        monkeypatch.setattr(boxes, "COCO", COCO)
+        monkeypatch.setattr(boxes, "COCOeval", COCOeval)
+    objects = [(1, 0, (x * 13, y * 14, 12, 13), False) for x in range(20) for y in range(15)]
+    found = [(*x[:3], 0.3 + i / 1000) for i, x in enumerate(objects)]
+    name = register("many", objects, num_images=1)
+    results = evaluate(BoxEvaluator(name, max_dets_per_image=300), found, 1)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["crowding"]["AR0"] == pytest.approx(100)
+    assert evaluate(BoxEvaluator(name), found, 1)["bbox"]["AP"] < 34
+
+
+@pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
+@pytest.mark.parametrize("objects", [[], [(1, 1, (9, 9, 50, 60), True)]], ids=["none", "a crowd"])
+def test_without_objects(register, monkeypatch, back_end, objects):
+    """The AP of nothing is not 0: of a data set and of a class."""
+    if back_end == "pycocotools":
+        monkeypatch.setattr(boxes, "COCO", COCO)
+        monkeypatch.setattr(boxes, "COCOeval", COCOeval)
+    detections = [(1, 0, (9, 9, 20, 20), 0.9), (2, 1, (9, 9, 20, 20), 0.8)]
+    results = evaluate(BoxEvaluator(register("empty", objects)), detections, 2)
+    assert all(math.isnan(x) for task in results.values() for x in task.values())
+    objects = [*objects, (2, 0, (9, 9, 20, 20), False)]
+    results = evaluate(BoxEvaluator(register("one", objects)), detections, 2)["bbox"]
+    assert results["AP-class 3"] == results["AP"] == 0
+    assert math.isnan(results["AP-class 7"])
+
+
+def test_classes_that_the_data_set_lacks(register, tmp_path, caplog):
+    """Their detections have no id of the user's, count for nothing and are left out, counted."""
+    name = register("a", [(1, 0, (10, 10, 20, 20), False)], category_ids=(3,))
+    metadata = MetadataCatalog.pop(name)
+    MetadataCatalog.get(name).set(
+        json_file=metadata.json_file,
+        thing_classes=["other", "class 3"],
+        thing_dataset_id_to_contiguous_id={3: 1},
+    )
+    found = [(1, 1, (10, 10, 20, 20), 0.5), (1, 0, (10, 10, 20, 20), 0.9)]
+    results = evaluate(BoxEvaluator(name, output_dir=str(tmp_path)), found, 2)["bbox"]
+    assert results["AP"] == results["AP-class 3"] == pytest.approx(100)
+    assert math.isnan(results["AP-other"])
+    assert "1 detections are of classes that the data set does not have" in caplog.text
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [x["category_id"] for x in written] == [3]
+
+
+def test_detections_of_another_data_set(register):
+    """An image that the data set does not have is named."""
+    evaluator = BoxEvaluator(register("a", []))
+    with pytest.raises(DatasetError, match="image 3 is not in the data set"):
+        evaluate(evaluator, [], 3)
 
 
 def test_no_detections(register):

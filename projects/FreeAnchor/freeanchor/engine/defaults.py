@@ -75,6 +75,12 @@ def check(args: argparse.Namespace) -> None:
     _check_devices(args)
     cfg = build_config(args)
     if args.eval_only:
+        is_there = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        if args.resume and not is_there and not cfg.MODEL.WEIGHTS:
+            raise FreeAnchorError(
+                f"--eval-only --resume: there is no checkpoint in {cfg.OUTPUT_DIR}: give the "
+                "OUTPUT_DIR of a training, or MODEL.WEIGHTS instead of --resume"
+            )
         if not cfg.MODEL.WEIGHTS and not args.resume:
             raise FreeAnchorError("--eval-only needs MODEL.WEIGHTS, or --resume")
     elif not cfg.DATASETS.TRAIN:

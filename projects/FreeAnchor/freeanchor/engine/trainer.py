@@ -14,6 +14,7 @@ from ..checkpoint import Checkpointer
 from ..data import Mapper, load_training_set
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator
 from ..modeling import FreeAnchor, MultiScaleTest
+from ..paths import file_stem
 from .hooks import MatchingPictures
 
 __all__ = ["Trainer", "build_evaluator"]
@@ -74,7 +75,11 @@ class Trainer(DefaultTrainer):
 
 
 def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:
-    return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, folder, dataset_name))
+    return BoxEvaluator(
+        dataset_name,
+        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, file_stem(dataset_name)),
+        max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+    )
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, model: nn.Module) -> DatasetEvaluators:

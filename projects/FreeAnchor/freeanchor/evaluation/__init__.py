@@ -2,6 +2,7 @@
 
 from .boxes import ASPECT_RATIOS, COCO_API, CROWDING, BoxEvaluator, aspect_ratios, crowding
 from .nms_recall import NMSRecallEvaluator
+from .truth import read_truth
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -11,4 +12,5 @@ __all__ = [
     "NMSRecallEvaluator",
     "aspect_ratios",
     "crowding",
+    "read_truth",
 ]

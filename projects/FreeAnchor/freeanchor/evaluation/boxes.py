@@ -2,19 +2,25 @@
 
 import contextlib
 import io
-import itertools
 import json
 import logging
+import operator
 import os
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from ..errors import DatasetError
+from .truth import read_truth
 
 try:  # the same figures as pycocotools, much faster
     from faster_coco_eval import COCO
@@ -61,89 +67,179 @@ def _iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return iou
 
 
-class BoxEvaluator(COCOEvaluator):
-    """Detectron2's `COCOEvaluator` for boxes, faster and with the parts that FreeAnchor is about.
+class BoxEvaluator(DatasetEvaluator):
+    """COCO AP of boxes, as Detectron2's `COCOEvaluator`, and of the parts that FreeAnchor is about.
 
-    Besides "bbox", the results have "aspect_ratio" and "crowding": AP and AR (100 detections) of
-    the objects whose longer side is so many times the shorter, and of those whose largest IoU with
-    another object is in a range. As with COCO's sizes, other objects are ignored, and a detection
-    that matches none counts where it belongs itself: by its own aspect ratio, and by the crowding
-    of the object that it overlaps most (0 if it overlaps none).
+    Besides "bbox", the results have "aspect_ratio" and "crowding": AP and AR of the objects whose
+    longer side is so many times the shorter, and of those whose largest IoU with another object is
+    in a range. As with COCO's sizes, other objects are ignored, and a detection that matches none
+    counts where it belongs itself: by its own aspect ratio, and by the crowding of the object that
+    it overlaps most (0 if it overlaps none). What no object can tell, as the AP of a class without
+    any, is NaN.
 
-    Into the output folder it writes `precision_recall.png` too.
+    Into the output folder it writes the detections with the ids of the user's file, in COCO's
+    result format, as `coco_instances_results.json`, and `precision_recall.png`.
     """
 
-    def __init__(self, dataset_name: str, distributed: bool = True, output_dir: str | None = None):
-        """Build the evaluator of a data set, see :class:`COCOEvaluator`."""
-        super().__init__(dataset_name, ("bbox",), distributed, output_dir, use_fast_impl=False)
+    def __init__(
+        self,
+        dataset_name: str,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        max_dets_per_image: int = 100,
+    ) -> None:
+        """Build the evaluator of a data set.
 
-    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
-        detections = list(itertools.chain(*(x["instances"] for x in predictions)))
-        contiguous = getattr(self._metadata, "thing_dataset_id_to_contiguous_id", {})
-        dataset_ids = {new: old for old, new in contiguous.items()}
-        for x in detections:
-            x["category_id"] = dataset_ids.get(x["category_id"], x["category_id"])
+        Args:
+            dataset_name: a registered data set, see :func:`freeanchor.evaluation.read_truth`.
+            distributed: whether to collect the detections of all processes.
+            output_dir: a folder to write into, or None.
+            max_dets_per_image: as many detections of a class in an image count, those with the
+                highest scores. COCO's number is 100; give the model's where it is larger.
+        """
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._truth = read_truth(dataset_name)
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._max_dets = [1, 10, max_dets_per_image]
+        self._found: list[dict[str, Any]] = []
+        self._num_images = 0
+
+    def reset(self) -> None:
+        self._found, self._num_images = [], 0
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            if image["image_id"] not in self._truth.images:
+                raise DatasetError(
+                    f"image {image['image_id']!r} is not in the data set that is evaluated"
+                )
+            self._num_images += 1
+            instances = output["instances"].to("cpu")
+            self._found += instances_to_coco_json(instances, image["image_id"])
+
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
+        """Compute the results.
+
+        Args:
+            img_ids: the user's ids of the images that count, by default all.
+        """
+        parts = comm.gather((self._num_images, self._found)) if self._distributed else None
+        if parts is not None:
+            if not comm.is_main_process():
+                return {}
+            self._num_images = sum(number for number, _ in parts)
+            self._found = [x for _, found in parts for x in found]
+        if self._num_images == 0:
+            logger.warning("There were no images to evaluate")
+            return {}
         if self._output_dir:
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with PathManager.open(path, "w") as f:
-                json.dump(detections, f)
-        if not self._do_evaluation:
+            PathManager.mkdirs(self._output_dir)
+            self._write()
+        if not self._truth.has_annotations:
             logger.info("The data set has no annotations: the detections are only written")
-            return
-        logger.info(f"Evaluating {len(detections)} detections with {COCO_API}")
-        truth = self._coco_api.dataset
+            return {}
+        logger.info(f"Evaluating {len(self._found)} detections with {COCO_API}")
+        truth = self._truth.dataset
+        detections = [
+            {**x, "image_id": self._truth.images[x["image_id"]], "category_id": c + 1}
+            for x in self._found
+            if (c := x["category_id"]) < len(truth["categories"])
+        ]
+        if img_ids is not None:
+            img_ids = [self._truth.images[x] for x in img_ids]
+        results: dict[str, dict[str, float]] = {}
         evaluated = self._evaluate(truth, detections, img_ids) if detections else None
-        if evaluated is not None:
-            evaluated.summarize()
-        class_names = self._metadata.get("thing_classes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of Detectron2's `logger.warn`
-            self._results["bbox"] = self._derive_coco_results(evaluated, "bbox", class_names)
-        for name, parts, values in (
+        results["bbox"] = self._box_results(evaluated)
+        for name, ranges, values in (
             ("aspect_ratio", ASPECT_RATIOS, _by_aspect_ratio),
             ("crowding", CROWDING, _by_crowding),
         ):
-            self._results[name] = self._parts(truth, detections, img_ids, parts, values)
-            logger.info(f"By {name}:\n{create_small_table(self._results[name])}")
+            results[name] = self._parts(truth, detections, img_ids, ranges, values)
+            logger.info(f"By {name}:\n{create_small_table(results[name])}")
         if evaluated is not None and self._output_dir:
-            figure = draw_precision_recall(evaluated.eval["precision"][..., 0, -1])
+            figure = draw_precision_recall(evaluated["precision"][..., 0, -1])
             figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
+        return results
+
+    def _write(self) -> None:
+        """Write the detections with the user's ids."""
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        user_ids = {new: old for old, new in contiguous.items()} if contiguous else None
+        written = [
+            {**x, "category_id": x["category_id"] if user_ids is None else user_ids[c]}
+            for x in self._found
+            if user_ids is None or (c := x["category_id"]) in user_ids
+        ]
+        if len(written) < len(self._found):
+            logger.warning(
+                f"{len(self._found) - len(written)} detections are of classes that the data set "
+                "does not have: they are not written"
+            )
+        path = os.path.join(str(self._output_dir), "coco_instances_results.json")
+        with PathManager.open(path, "w") as f:
+            json.dump(written, f, default=operator.methodcaller("item"))  # NumPy's numbers
+
+    def _box_results(self, evaluated: dict[str, Any] | None) -> dict[str, float]:
+        """COCO's metrics and the AP of each class, in Detectron2's names."""
+        metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        if evaluated is None:
+            logger.warning("No predictions from the model!")
+            return dict.fromkeys(metrics, float("nan"))
+        precision = evaluated["precision"][..., -1]  # IoU, recall, class, size
+        every, sizes = precision[..., 0], [precision[..., i] for i in (1, 2, 3)]
+        values = [every, every[0], every[5], *sizes]
+        results = {metric: _mean(x) for metric, x in zip(metrics, values)}
+        logger.info(f"Evaluation results for bbox:\n{create_small_table(results)}")
+        names = self._metadata.get("thing_classes") or ()
+        if len(names) > 1:
+            classes = {f"AP-{name}": _mean(every[:, :, i]) for i, name in enumerate(names)}
+            width = max(map(len, classes))
+            lines = [f"{name:<{width}}  {ap:.3f}" for name, ap in classes.items()]
+            logger.info("Of each class:\n" + "\n".join(lines))
+            results.update(classes)
+        return results
 
     def _evaluate(
         self,
         truth: dict[str, Any],
         detections: list[dict[str, Any]],
-        img_ids: Any,
+        img_ids: Sequence[int] | None,
         parts: tuple[tuple[str, float], ...] = (),
-    ) -> Any:
-        """COCOeval by area or by another value in its place."""
+    ) -> dict[str, Any]:
+        """COCOeval by area, or by another value in its place: what it calls `eval`."""
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO()
+            coco, found = COCO(), COCO()
             coco.dataset = truth
-            coco.createIndex()
-            # It changes what it is given, and takes the area of the box whatever is there.
-            found = coco.loadRes([dict(x) for x in detections])
-            if parts:
-                for x, given in zip(found.dataset["annotations"], detections):
-                    x["area"] = given["area"]
-            evaluated = COCOeval(coco, found, "bbox")
-            evaluated.params.maxDets = self._max_dets_per_image
+            # COCO.loadRes would take the area of the box whatever is there.
+            found.dataset = {
+                **truth,
+                "annotations": [
+                    {"area": x["bbox"][2] * x["bbox"][3], **x, "id": i, "iscrowd": 0}
+                    for i, x in enumerate(detections, start=1)
+                ],
+            }
+            for index in (coco, found):
+                index.createIndex()
+            evaluator = COCOeval(coco, found, "bbox")
+            evaluator.params.maxDets = self._max_dets
             if img_ids is not None:
-                evaluated.params.imgIds = img_ids
+                evaluator.params.imgIds = list(img_ids)
             if parts:
                 ends = [end for _, end in parts]
                 starts = [-1.0, *(np.nextafter(end, np.inf) for end in ends[:-1])]
-                evaluated.params.areaRng = [list(x) for x in zip(starts, ends)]
-                evaluated.params.areaRngLbl = [label for label, _ in parts]
-            evaluated.evaluate()
-            evaluated.accumulate()
-        return evaluated
+                evaluator.params.areaRng = [list(x) for x in zip(starts, ends)]
+                evaluator.params.areaRngLbl = [label for label, _ in parts]
+            evaluator.evaluate()
+            evaluator.accumulate()
+        result: dict[str, Any] = evaluator.eval
+        return result
 
     def _parts(
         self,
         truth: dict[str, Any],
         detections: list[dict[str, Any]],
-        img_ids: Any,
+        img_ids: Sequence[int] | None,
         parts: tuple[tuple[str, float], ...],
         values: Any,
     ) -> dict[str, float]:
@@ -159,7 +255,7 @@ class BoxEvaluator(COCOEvaluator):
             ],
         }
         detections = [{**x, "area": v} for x, v in zip(detections, found, strict=True)]
-        results = self._evaluate(truth, detections, img_ids, parts).eval
+        results = self._evaluate(truth, detections, img_ids, parts)
         ap, ar = results["precision"][..., -1], results["recall"][..., -1]
         return {
             f"{metric}{label}": _mean(array[..., i])

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from ..config import merge_options, read_config
 from ..data import register_datasets
 from ..errors import FileError
+from ..paths import file_stem
 
 __all__ = ["read_detections", "read_metrics", "read_run"]
 
@@ -80,4 +81,4 @@ def read_detections(
 
 
 def _results_file(cfg: CfgNode, name: str) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "inference" / name / "coco_instances_results.json"
+    return Path(cfg.OUTPUT_DIR) / "inference" / file_stem(name) / "coco_instances_results.json"
