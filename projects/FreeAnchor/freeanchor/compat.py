@@ -1,4 +1,4 @@
-"""Detectron2 0.6 on today's NumPy, Pillow and setuptools, and without its compiled ops.
+"""Detectron2 0.6 on today's PyTorch, NumPy, Pillow, setuptools, and without its compiled ops.
 
 Imported for its effect, before anything of Detectron2. It adds only what is missing, so that a
 Detectron2 that works as it is (its main branch, or 0.6 with older packages) is left alone.
@@ -103,9 +103,83 @@ def _stand_in_for_compiled_ops() -> None:
         setattr(torch.ops.detectron2, name, missing)
 
 
+def _stand_in_for_fast_evaluation() -> None:
+    """`COCOEvaluator`'s default needs a compiled op: pycocotools computes the same, more slowly.
+
+    The main branch falls back to it by itself, but not where :class:`_MissingOps` can be imported.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    stand_in = types.ModuleType("detectron2.evaluation.fast_eval_api")
+    stand_in.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
+    sys.modules[stand_in.__name__] = stand_in
+
+
+def _import_export_without_caffe2() -> None:
+    """`detectron2.export`, which 0.6 imports with Caffe2 alone, although most of it needs none."""
+    try:
+        import detectron2.export
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "caffe2":
+            raise
+        stand_in = types.ModuleType("detectron2.export.api")
+        stand_in.__doc__ = "Nothing: the conversion to Caffe2 needs Caffe2."
+        stand_in.__all__ = []  # type: ignore[attr-defined]
+        sys.modules[stand_in.__name__] = stand_in
+        import detectron2.export  # noqa: F401
+
+
+def _allow_group_norm_in_heads() -> None:
+    """`MODEL.RETINANET.NORM: GN`: 0.6 asks for a group norm of one channel, to look at its type."""
+    import torch
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.meta_arch import retinanet
+
+    try:
+        with torch.device("meta"):  # draws no random numbers
+            retinanet.RetinaNetHead(
+                input_shape=[ShapeSpec(channels=32, stride=8)],
+                num_classes=1,
+                num_anchors=1,
+                conv_dims=[32],
+                norm="GN",
+            )
+    except ValueError:
+        get_norm = retinanet.get_norm
+        retinanet.get_norm = lambda norm, channels: get_norm(norm, 32 if channels == 1 else channels)
+
+
+def _name_the_indexing_of_grids() -> None:
+    """`torch.meshgrid` warns where its `indexing` is left out, as by 0.6's anchors."""
+    import inspect
+
+    import torch
+    from detectron2.modeling import anchor_generator
+
+    # The main branch has another argument there.
+    if "device" not in inspect.signature(anchor_generator._create_grid_offsets).parameters:
+        return
+
+    def create_grid_offsets(
+        size: list[int], stride: int, offset: float, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start, height, width = offset * stride, size[0] * stride, size[1] * stride
+        y = torch.arange(start, height, step=stride, dtype=torch.float32, device=device)
+        x = torch.arange(start, width, step=stride, dtype=torch.float32, device=device)
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        return grid_x.reshape(-1), grid_y.reshape(-1)
+
+    anchor_generator._create_grid_offsets = create_grid_offsets
+
+
 HAS_COMPILED_OPS = _find_detectron2()
 _restore_numpy_aliases()
 _restore_pillow_linear()
 _restore_pkg_resources()
 if not HAS_COMPILED_OPS:
     _stand_in_for_compiled_ops()
+    _stand_in_for_fast_evaluation()
+# From here on, Detectron2 can be imported.
+_import_export_without_caffe2()
+_allow_group_norm_in_heads()
+_name_the_indexing_of_grids()
