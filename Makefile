@@ -9,7 +9,7 @@ DEMO ?= output/demo
 DEMO_OPTS ?=
 
 # The official v0.6 sources of Detectron2 as PyPI has them.
-DETECTRON2 := pb1-detectron2==0.6 \
+REQUIREMENT := pb1-detectron2==0.6 \
   --hash=sha256:5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29
 
 fail = { echo "make: $(1)" >&2; exit 1; }
@@ -23,7 +23,7 @@ endif
 help:
 	@echo "make setup   a private environment in $(VENV), with PyTorch and Detectron2"
 	@echo "make demo    train on the embedded data set, evaluate, draw the detections"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; with DETECTRON2=FOLDER, on a checkout of Detectron2"
 	@echo "make cuda    compile the CUDA kernels, also where there is no GPU"
 	@echo "make lint    check style and types"
 
@@ -60,7 +60,7 @@ $(VENV)/.detectron2: $(VENV)/.requirements
 detectron2: SRC := $(VENV)/detectron2
 detectron2:
 	@rm -rf $(SRC) && mkdir -p $(SRC)
-	@echo '$(DETECTRON2)' > $(SRC)/requirement.txt
+	@echo '$(REQUIREMENT)' > $(SRC)/requirement.txt
 	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: --dest $(SRC) \
 	-r $(SRC)/requirement.txt || $(call fail,could not download Detectron2: check the network \
 	connection and run make again)
@@ -93,9 +93,26 @@ demo: setup
 	@$(PY) -m freeanchor visualize $(DEMO) \
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images
 
-test: setup
+# DETECTRON2=FOLDER tests with the Python sources of a checkout, and its configs where its setup.py
+# has them. Its anchors warn in torch.meshgrid.
+ifdef DETECTRON2
+CHECKOUT := $(abspath build/detectron2)
+export PYTHONPATH := $(CHECKOUT)
+export PYTEST_ADDOPTS := -W ignore:torch.meshgrid:UserWarning
+endif
+
+.PHONY: checkout
+checkout:
+ifdef DETECTRON2
+	@rm -rf $(CHECKOUT) && mkdir -p $(CHECKOUT) && cp -R $(DETECTRON2)/detectron2 $(CHECKOUT) \
+	&& rm -rf $(CHECKOUT)/detectron2/model_zoo/configs \
+	&& cp -R $(DETECTRON2)/configs $(CHECKOUT)/detectron2/model_zoo/configs \
+	|| $(call fail,$(DETECTRON2) is no checkout of Detectron2)
+endif
+
+test: setup checkout
 	@$(PY) -m pytest
-	@PYTHONPATH=tests $(PY) -m pytest -p reference tests/layers tests/modeling/test_meta_arch.py
+	@PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m pytest -p reference tests/layers tests/modeling/test_meta_arch.py
 
 lint: setup
 	@$(PY) -m ruff check

@@ -1,10 +1,20 @@
-"""Detectron2 0.6 on today's packages. Each case runs in a fresh interpreter."""
+"""Detectron2 0.6 on today's packages. What imports change runs in a fresh interpreter."""
 
 import subprocess
 import sys
+import warnings
 
+import detectron2.layers
+import detectron2.structures
 import pytest
+import torch
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import anchor_generator, build_model
+from detectron2.modeling.meta_arch import retinanet
 from freeanchor import compat
+
+# Its main branch has what 0.6 lacks.
+IS_MAIN = hasattr(detectron2.layers, "move_device_like")
 
 
 def run(code):
@@ -124,3 +134,68 @@ except ImportError as e:
     message = run(code)
     assert "needs Detectron2, which is not installed" in message
     assert "make setup" in message
+
+
+def test_the_tutorials_evaluator(register, tmp_path):
+    """`COCOEvaluator(name, output_dir=...)` evaluates, also without compiled ops."""
+    box = [10.0, 10.0, 40.0, 30.0]
+    evaluator = COCOEvaluator(register("a", [(1, 0, box, False)]), output_dir=str(tmp_path))
+    evaluator.reset()
+    found = detectron2.structures.Instances((300, 400))
+    found.pred_boxes = detectron2.structures.Boxes([[10.0, 10.0, 50.0, 40.0]])
+    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_export_and_analysis(cfg):
+    """`detectron2.export` and `detectron2.utils.analysis` do without Caffe2."""
+    from detectron2.export import TracingAdapter, scripting_with_instances
+    from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
+
+    model = build_model(cfg).eval()
+    inputs = [{"image": torch.zeros(3, 64, 64)}]
+    counts = [FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).total()]
+    inputs = [{"image": torch.zeros(3, 128, 64)}]
+    counts.append(FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).total())
+    assert counts[1] == pytest.approx(2 * counts[0], rel=0.05)
+    assert parameter_count(model)[""] == sum(p.numel() for p in model.parameters())
+    assert callable(scripting_with_instances)
+    assert len(TracingAdapter(model, inputs).flattened_inputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("GN", torch.nn.GroupNorm), ("SyncBN", torch.nn.SyncBatchNorm)]
+)
+def test_norms_in_the_head(cfg, norm, kind):
+    """`MODEL.RETINANET.NORM` takes what Detectron2 has, group norm in 32 groups too."""
+    cfg.MODEL.RETINANET.NORM = norm
+    found = [x for x in build_model(cfg).head.modules() if isinstance(x, kind)]
+    assert len(found) >= 2 * cfg.MODEL.RETINANET.NUM_CONVS
+    if norm == "GN":
+        assert {x.num_groups for x in found} == {32}
+
+
+@pytest.mark.skipif(IS_MAIN, reason="the main branch is left alone, and warns")
+def test_anchors_without_a_warning(cfg):
+    """The same anchors as ever, and nothing of torch.meshgrid in the log."""
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES, cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[8]], [[1.0]]
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    spec = [detectron2.layers.ShapeSpec(stride=4)]
+    torch.set_warn_always(True)
+    try:
+        generator = anchor_generator.build_anchor_generator(cfg, spec)
+        (anchors,) = generator([torch.zeros(1, 1, 2, 3)])
+    finally:
+        torch.set_warn_always(False)
+    centers = [(2.0, 2.0), (6.0, 2.0), (10.0, 2.0), (2.0, 6.0), (6.0, 6.0), (10.0, 6.0)]
+    assert [tuple(x) for x in anchors.get_centers().tolist()] == centers
+
+
+def test_what_detectron2_does_right_is_left_alone():
+    """Functions are replaced in 0.6 only."""
+    assert (retinanet.get_norm is detectron2.layers.get_norm) == IS_MAIN
+    offsets = anchor_generator._create_grid_offsets
+    assert offsets.__module__.startswith("detectron2") == IS_MAIN

@@ -6,16 +6,17 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN, quick_cfg
+from conftest import GOLDEN
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from freeanchor.checkpoint import (
     Checkpointer,
     convert,
-    convert_file,
     read_checkpoint,
     write_checkpoint,
 )
-from freeanchor.errors import FileError, FreeAnchorError
+from freeanchor.errors import FileError
 from torch import nn
 
 MMDET = str(GOLDEN / "mmdet_r50.pth")
@@ -247,24 +248,114 @@ def test_no_weights(cfg, model):
 
 def test_checkpoints_are_detectron2s(tmp_path, cfg, model):
     """What is saved loads in Detectron2's own checkpointer, and the other way round."""
-    from detectron2.checkpoint import DetectionCheckpointer
-
     Checkpointer(model, cfg, str(tmp_path)).save("ours")
-    other = build_model(quick_cfg())
-    found = DetectionCheckpointer(other)._load_file(str(tmp_path / "ours.pth"))
-    assert found.keys() == {"model"}
+    assert "model" in torch.load(tmp_path / "ours.pth", weights_only=True)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"  # for which its checkpointer is its own
+    other = build_model(cfg)
     DetectionCheckpointer(other).load(str(tmp_path / "ours.pth"))
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
     DetectionCheckpointer(other, str(tmp_path)).save("theirs")
     Checkpointer(model, cfg).load(str(tmp_path / "theirs.pth"))
 
 
-@pytest.mark.parametrize("key", ["MODEL.NO_SUCH", "NO.SUCH", "MODEL.DEVICE.X"])
-def test_weights_that_need_an_unknown_key(cfg, tmp_path, key):
-    """As of a newer version, or damaged: the key is named, also by convert."""
-    _, model = build(cfg)
-    write_checkpoint(tmp_path / "a.safetensors", model.state_dict(), {key: 1})
-    with pytest.raises(FileError, match=f"need the config key {key}"):
-        Checkpointer(model, cfg).load(str(tmp_path / "a.safetensors"))
-    with pytest.raises(FreeAnchorError, match=key):
-        convert_file(str(tmp_path / "a.safetensors"), tmp_path / "b.pth")
+class Backbone(nn.Module):
+    """One of the user's own: no `bottom_up`, and a pyramid that may be new."""
+
+    def __init__(self, depth=12):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(depth)])
+        self.pyramid = nn.ModuleList([nn.Conv2d(3, 3, 3) for _ in range(12)])
+
+
+@pytest.mark.parametrize("what", ["all", "body", "shallow", "nothing"])
+def test_a_backbone_of_the_users_own(cfg, tmp_path, what):
+    """What the file has something of must be whole; a new pyramid is a warning, not an error."""
+    model = nn.Module()
+    model.backbone, model.head = Backbone(), nn.ModuleList([nn.Linear(2, 2) for _ in range(40)])
+    state = {
+        f"backbone.{k}": v for k, v in Backbone(8 if what == "shallow" else 12).state_dict().items()
+    }
+    if what != "all":
+        state = {k: v for k, v in state.items() if ".body." in k}
+    if what == "nothing":
+        state = {f"net.{k}": v for k, v in state.items()}
+    write_checkpoint(tmp_path / "backbone.pth", state, {})
+    checkpointer = Checkpointer(model, cfg)
+    if what in ("shallow", "nothing"):
+        with pytest.raises(FileError, match=r"backbone\.pth are not of this model"):
+            checkpointer.load_start(str(tmp_path / "backbone.pth"))
+    else:
+        checkpointer.load_start(str(tmp_path / "backbone.pth"))
+        assert loaded_names(model, state) == state.keys()
+
+
+def test_matching_heuristics_on_demand(cfg, tmp_path):
+    """`?matching_heuristics=True` behind a file matches names as Detectron2 does for its zoo's."""
+    cfg, model = build(cfg)
+    state = {
+        k: torch.rand_like(v) for k, v in imagenet_state(model).items() if v.is_floating_point()
+    }
+    write_checkpoint(tmp_path / "names.pth", state, {})
+    path = str(tmp_path / "names.pth")
+    for suffix in ("", "?matching_heuristics=False"):
+        with pytest.raises(FileError, match="fill 0 of its"):
+            Checkpointer(model, cfg).load_start(path + suffix)
+    Checkpointer(model, cfg).load_start(f"{path}?matching_heuristics=True")
+    assert all(torch.equal(v, imagenet_state(model)[k]) for k, v in state.items())
+
+
+def predictor(cfg, weights):
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST = "cpu", str(weights), ()
+    return DefaultPredictor(cfg)
+
+
+@pytest.mark.parametrize("kind", ["mmdet_r50.pth", "official_r50.pth", "ours.safetensors"])
+def test_default_predictor(tmp_path, kind):
+    """Weights of other projects and formats detect as converted ones, or the config is refused."""
+    source = str(GOLDEN / (kind if kind.endswith(".pth") else "mmdet_r50.pth"))
+    converted = convert(read_checkpoint(source), source)
+    path = source
+    if kind.endswith(".safetensors"):
+        path = tmp_path / kind
+        write_checkpoint(path, converted.weights, converted.config)
+    cfg = converted.build_config()
+    model = predictor(cfg, path).model
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in converted.weights.items())
+    cfg.INPUT.FORMAT = cfg.INPUT.FORMAT[::-1]
+    with pytest.raises(FileError, match=r"add INPUT.FORMAT .*`freeanchor convert`") as error:
+        predictor(cfg, path)
+    assert str(path) in str(error.value)
+
+
+def test_default_predictor_on_half_a_model(cfg, model, tmp_path):
+    """Weights of a backbone are a start for training, and not a detector."""
+    write_checkpoint(tmp_path / "backbone.pth", model.backbone.state_dict(prefix="backbone."), {})
+    with pytest.raises(FileError, match=r"backbone\.pth are not of this model.*head"):
+        predictor(cfg, tmp_path / "backbone.pth")
+    DetectionCheckpointer(model.train()).load(str(tmp_path / "backbone.pth"))
+
+
+def test_detectron2s_checkpointer_in_training(cfg, model, tmp_path):
+    """It saves and resumes a FreeAnchor with all that it was given, as always."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    saved = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    saved.save("model", iteration=7)
+    cfg, other = build(cfg)
+    resumed = torch.optim.SGD(other.parameters(), lr=1.0)
+    loaded = DetectionCheckpointer(other, str(tmp_path), optimizer=resumed)
+    assert loaded.resume_or_load("", resume=True)["iteration"] == 7
+    assert resumed.param_groups[0]["lr"] == 0.125
+    assert torch.equal(other.head.cls_score.weight, model.head.cls_score.weight)
+
+
+def test_a_model_that_was_built_without_a_config(cfg, tmp_path, caplog):
+    """As by a LazyConfig: what the weights need cannot be compared, so it is said."""
+    converted = convert(read_checkpoint(MMDET), MMDET)
+    full = converted.build_config()
+    full.MODEL.DEVICE = "cpu"
+    model = build_model(full).eval()
+    model.config = None
+    DetectionCheckpointer(model).load(MMDET)
+    assert 'needs: INPUT.FORMAT "' in caplog.text
+    assert 'MODEL.FREEANCHOR.P7_RELU "False"' in caplog.text

@@ -106,22 +106,14 @@ def test_memory_does_not_grow_with_the_number_of_scales(scene):
     cfg, model, image = scene((64, 96, 128, 160), "TEST.AUG.FLIP", True, shape=(256, 512))
     alive, most = set(), []
 
-    class Watched(torch.nn.Module):
-        def __init__(self, backbone):
-            super().__init__()
-            self.inner = backbone
-            self.size_divisibility = backbone.size_divisibility
+    def watch(backbone, inputs, features):
+        most.append(len(alive))
+        for name, tensor in features.items():
+            key = (len(most), name)
+            alive.add(key)
+            weakref.finalize(tensor, alive.discard, key)
 
-        def forward(self, x):
-            features = self.inner(x)
-            most.append(len(alive))
-            for name, tensor in features.items():
-                key = (len(most), name)
-                alive.add(key)
-                weakref.finalize(tensor, alive.discard, key)
-            return features
-
-    model.backbone = Watched(model.backbone)
+    model.backbone.register_forward_hook(watch)
     MultiScaleTest(cfg, model)([image])
     assert len(most) == 8
     assert max(most) == 0

@@ -146,7 +146,9 @@ def _allow_group_norm_in_heads() -> None:
             )
     except ValueError:
         get_norm = retinanet.get_norm
-        retinanet.get_norm = lambda norm, channels: get_norm(norm, 32 if channels == 1 else channels)
+        retinanet.get_norm = lambda norm, channels: get_norm(
+            norm, 32 if channels == 1 else channels
+        )
 
 
 def _name_the_indexing_of_grids() -> None:

@@ -4,6 +4,7 @@ from . import catalog  # noqa: F401  # MODEL.WEIGHTS understands mmdet://
 from .checkpointer import Checkpointer
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
+from .delegate import hand_over
 from .files import find, read_checkpoint, write_checkpoint
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "convert",
     "convert_file",
     "find",
+    "hand_over",
     "read_checkpoint",
     "to_detectron2",
     "write_checkpoint",
 ]
+
+hand_over()

@@ -1,6 +1,7 @@
 """Loading weights into a model, so that a model that is not what it seems is an error."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import to_detectron2
-from .files import CONFIG_KEY, find, read_checkpoint
+from .files import CONFIG_KEY, find, read_checkpoint, wants_heuristics
 
 __all__ = ["Checkpointer"]
 
@@ -34,13 +35,14 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, cfg: CfgNode, save_dir: str = "", **checkpointables: Any
+        self, model: nn.Module, cfg: CfgNode | None, save_dir: str = "", **checkpointables: Any
     ) -> None:
         """Build the checkpointer of a model.
 
         Args:
             model: the model, possibly in DistributedDataParallel.
-            cfg: the config that it was built with.
+            cfg: the config that it was built with, or None if it was built without one: then a
+                warning names the keys that the weights need.
             save_dir: where checkpoints are written and looked for.
             checkpointables: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
         """
@@ -58,11 +60,15 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(self.get_checkpoint_file())
         return self.load_start(path)
 
-    def load_start(self, path: str) -> dict[str, Any]:
+    def load_start(self, path: str, checkpointables: Sequence[str] | None = ()) -> dict[str, Any]:
         """Load the weights that training starts from: of a backbone or of a detector.
 
         The predictors of other classes or anchors stay as they were initialised, and a line of the
         log says so.
+
+        Args:
+            path: see :meth:`load`.
+            checkpointables: what else to load, by default nothing; None for all that there is.
 
         Raises:
             FileError: see :meth:`load`; the weights are not of this backbone, or other tensors
@@ -70,7 +76,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         self._is_start = True
         try:
-            return self.load(path, checkpointables=[])
+            return self.load(path, None if checkpointables is None else list(checkpointables))
         finally:
             self._is_start = False
 
@@ -94,10 +100,20 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = to_detectron2(read_checkpoint(filename), filename)
+        if wants_heuristics(self.path):
+            checkpoint["matching_heuristics"] = True
         self._check_config(checkpoint.pop(CONFIG_KEY, {}))
         return checkpoint
 
     def _check_config(self, config: dict[str, Any]) -> None:
+        if self.cfg is None:
+            if config:
+                needs = " ".join(f'{key} "{value!r}"' for key, value in config.items())
+                self.logger.warning(
+                    f"The model was built without a config. See that it has what {self.path} "
+                    f"needs: {needs}"
+                )
+            return
         wrong = {}
         for key, value in config.items():
             node = self.cfg
@@ -139,9 +155,7 @@ class Checkpointer(DetectionCheckpointer):
         surplus = [k for k in incompatible.unexpected_keys if not k.endswith(_COUNTER)]
         problems = {"missing": sorted(missing), "of another shape": [*wrong.values()]}
         if self._is_start:
-            prefix = "backbone.bottom_up."
-            backbone = [k for k in names if k.startswith(prefix)] or names
-            backbone = [k for k in backbone if not k.endswith(_STATISTICS)]
+            backbone = _start_of(names, missing)
             lacking = [k for k in backbone if k in missing]
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
@@ -166,3 +180,16 @@ class Checkpointer(DetectionCheckpointer):
             )
         if surplus:
             self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")
+
+
+def _start_of(names: list[str], missing: set[str]) -> list[str]:
+    """The tensors of a model that the weights which training starts from must have, mostly."""
+    for prefix in ("backbone.bottom_up.", "backbone.", ""):
+        if found := [k for k in names if k.startswith(prefix) and not k.endswith(_STATISTICS)]:
+            break
+    if prefix == "backbone.":
+        # One of the user's own: all parts that the weights have something of, as its pyramid may
+        # be new.
+        parts = {k.split(".")[1] for k in found if k not in missing}
+        found = [k for k in found if not parts or k.split(".")[1] in parts]
+    return found

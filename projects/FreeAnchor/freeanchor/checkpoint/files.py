@@ -36,20 +36,28 @@ logger = logging.getLogger(__name__)
 
 # Entry of a checkpoint: the config keys that its weights need, see `freeanchor.checkpoint.convert`.
 CONFIG_KEY = "freeanchor_config"
+_HEURISTICS = "?matching_heuristics="
 # What a file holds may take more memory than the file: tied weights, small headers.
 _MOST_TIMES_LARGER = 10
 _ALWAYS_ALLOWED = 2**24
+
+
+def wants_heuristics(path: str) -> bool:
+    """Whether a `MODEL.WEIGHTS` ends in `?matching_heuristics=True`, as Detectron2's may."""
+    return path.endswith(f"{_HEURISTICS}True")
 
 
 def find(path: str) -> str:
     """The local file of what `MODEL.WEIGHTS` takes; it is downloaded if need be.
 
     Args:
-        path: a file, http(s)://, detectron2://, catalog:// or mmdet://.
+        path: a file, http(s)://, detectron2://, catalog:// or mmdet://, possibly followed by
+            `?matching_heuristics=True`.
 
     Raises:
         FileError: there is no such file, or it cannot be downloaded.
     """
+    path = path.removesuffix(f"{_HEURISTICS}True").removesuffix(f"{_HEURISTICS}False")
     try:
         local: str = PathManager.get_local_path(path)
     except FileError:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.matcher import Matcher
@@ -69,6 +69,7 @@ class FreeAnchor(RetinaNet):
         bbox_threshold: float = 0.6,
         bbox_reg_weight: float = 0.75,
         inclusive_corners: bool = False,
+        config: CfgNode | None = None,
         **kwargs: Any,
     ) -> None:
         """Build the model from its parts.
@@ -79,6 +80,8 @@ class FreeAnchor(RetinaNet):
             bbox_reg_weight: weight of the localisation loss in the matched probability.
             inclusive_corners: whether boxes end on their last pixel where they are resized with
                 their image, as in the paper's repository. Inputs and outputs are Detectron2's.
+            config: what the model was built with, if with a config. Weights that need another one
+                are refused.
             kwargs: see :class:`detectron2.modeling.RetinaNet`. `focal_loss_alpha` weighs the
                 positive against the negative loss, `focal_loss_gamma` focuses the negative one.
 
@@ -101,6 +104,7 @@ class FreeAnchor(RetinaNet):
         self.bbox_threshold = bbox_threshold
         self.bbox_reg_weight = bbox_reg_weight
         self.inclusive_corners = inclusive_corners
+        self.config = config
         if inclusive_corners:
             self.register_forward_pre_hook(_to_inclusive_corners)
             self.register_forward_hook(_from_inclusive_corners)
@@ -120,6 +124,7 @@ class FreeAnchor(RetinaNet):
         ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
         ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
         ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
+        ret["config"] = cfg.clone()
         return ret
 
     def forward_training(
