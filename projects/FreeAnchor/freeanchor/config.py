@@ -53,6 +53,18 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # The two conventions differ by a fraction of a pixel where an image is resized.
     cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS = False
 
+    # The backbone build_timm_fpn_backbone: a model of timm with a feature pyramid.
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.NAME = ""
+    # Which of its features are res3, res4 and res5; without any, those of stride 8, 16 and 32.
+    cfg.MODEL.TIMM.OUT_INDICES = []
+    # As many features, from the first, are computed by layers that are not trained.
+    cfg.MODEL.TIMM.FREEZE_AT = 0
+    # "FrozenBN" fixes statistics and weights of its batch norms, "" trains them.
+    cfg.MODEL.TIMM.NORM = ""
+    # Rate of stochastic depth, for models that have it.
+    cfg.MODEL.TIMM.DROP_PATH = 0.0
+
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.

@@ -1,6 +1,6 @@
 """Checkpoints from anywhere: read without running them, converted, and loaded if they fit."""
 
-from . import catalog  # noqa: F401  # MODEL.WEIGHTS understands mmdet://
+from . import catalog, packages  # noqa: F401  # MODEL.WEIGHTS understands their addresses
 from .checkpointer import Checkpointer
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted

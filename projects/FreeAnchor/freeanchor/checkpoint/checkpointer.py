@@ -1,5 +1,6 @@
 """Loading weights into a model, so that a model that is not what it seems is an error."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from ..errors import FileError, shorten
 from .convert import to_detectron2
 from .files import CONFIG_KEY, find, read_checkpoint, wants_heuristics
+from .timm_weights import from_timm
 
 __all__ = ["Checkpointer"]
 
@@ -99,7 +101,12 @@ class Checkpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        checkpoint = to_detectron2(read_checkpoint(filename), filename)
+        checkpoint = read_checkpoint(filename)
+        backbone = from_timm(checkpoint, filename, self.cfg)
+        if backbone is not None:
+            checkpoint = {"model": backbone[0], CONFIG_KEY: backbone[1]}
+        else:
+            checkpoint = to_detectron2(checkpoint, filename)
         if wants_heuristics(self.path):
             checkpoint["matching_heuristics"] = True
         self._check_config(checkpoint.pop(CONFIG_KEY, {}))
@@ -124,8 +131,9 @@ class Checkpointer(DetectionCheckpointer):
                         "does not have: they are damaged, or of a newer version"
                     )
                 node = node[part]
-            is_same = list(node) == list(value) if isinstance(node, list | tuple) else node == value
-            if not is_same and not (self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"):
+            if not _is_same(node, value) and not (
+                self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"
+            ):
                 wrong[key] = value
         if wrong:
             options = " ".join(f'{key} "{value!r}"' for key, value in wrong.items())
@@ -193,3 +201,12 @@ def _start_of(names: list[str], missing: set[str]) -> list[str]:
         parts = {k.split(".")[1] for k in found if k not in missing}
         found = [k for k in found if not parts or k.split(".")[1] in parts]
     return found
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values of a config are equal: numbers but for their rounding as text."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    if isinstance(a, float) and isinstance(b, float | int):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)

@@ -4,6 +4,7 @@ from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
 from .inference import candidates, dense_detector
 from .meta_arch import FreeAnchor, Matching
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Matching",
     "MultiScaleTest",
     "RoundedAnchorGenerator",
+    "TimmBackbone",
     "build_freeanchor_resnet_fpn_backbone",
+    "build_timm_fpn_backbone",
     "candidates",
     "dense_detector",
 ]

@@ -5,6 +5,7 @@ MMDetection computes P7 from P6 as it is. The keys are in :mod:`freeanchor.confi
 Detectron2's.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.layers import ShapeSpec
@@ -13,7 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resn
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["TopBlock", "build_freeanchor_resnet_fpn_backbone"]
+__all__ = ["TopBlock", "build_freeanchor_resnet_fpn_backbone", "build_top_block"]
 
 
 class TopBlock(LastLevelP6P7):
@@ -37,18 +38,27 @@ class TopBlock(LastLevelP6P7):
         return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
+def build_top_block(cfg: Any, bottom_up: Mapping[str, ShapeSpec]) -> TopBlock:
+    """Build P6 and P7 as the keys of FreeAnchor say.
+
+    Args:
+        cfg: its `MODEL.FREEANCHOR.{P6_IN_FEATURE, P7_RELU}`.
+        bottom_up: the features that the pyramid is built on.
+
+    Raises:
+        ValueError: P6_IN_FEATURE is neither of the two that there are.
+    """
+    in_feature = cfg.MODEL.FREEANCHOR.P6_IN_FEATURE
+    if in_feature not in ("res5", "p5"):
+        raise ValueError(f"MODEL.FREEANCHOR.P6_IN_FEATURE must be res5 or p5, got {in_feature!r}")
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    in_channels = out_channels if in_feature == "p5" else bottom_up["res5"].channels
+    return TopBlock(in_channels, out_channels, in_feature, cfg.MODEL.FREEANCHOR.P7_RELU)
+
+
 @BACKBONE_REGISTRY.register()
 def build_freeanchor_resnet_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> FPN:
     """Build Detectron2's backbone of RetinaNet, with P6 and P7 as the keys of FreeAnchor say."""
     backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
-    in_feature = cfg.MODEL.FREEANCHOR.P6_IN_FEATURE
-    shapes = {**backbone.bottom_up.output_shape(), **backbone.output_shape()}
-    if in_feature not in ("res5", "p5"):
-        raise ValueError(f"MODEL.FREEANCHOR.P6_IN_FEATURE must be res5 or p5, got {in_feature!r}")
-    backbone.top_block = TopBlock(
-        shapes[in_feature].channels,
-        cfg.MODEL.FPN.OUT_CHANNELS,
-        in_feature,
-        cfg.MODEL.FREEANCHOR.P7_RELU,
-    )
+    backbone.top_block = build_top_block(cfg, backbone.bottom_up.output_shape())
     return backbone
