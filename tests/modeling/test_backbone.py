@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 from conftest import instances, quick_cfg
+from detectron2.data import DatasetMapper
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_model
+from detectron2.structures import BoxMode
+from freeanchor.data import Mapper
 from freeanchor.layers import ops
+from PIL import Image
 from torch.nn import functional as F
 
 
@@ -135,6 +139,32 @@ def test_inclusive_corners_in_training(monkeypatch, scale):
     expected = torch.tensor([[x1, y1, x2, max(y2, y1 + 1)]])
     torch.testing.assert_close(seen[0], expected)
     assert torch.equal(target.gt_boxes.tensor, before)
+
+
+def test_inclusive_corners_after_a_crop(monkeypatch, tmp_path):
+    """The factor is that of the resizing, whatever was cut away before; without it, an error."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
+    box = {"bbox": [24, 20, 20, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+    record = {"file_name": str(tmp_path / "image.png"), "width": 64, "height": 48, "image_id": 1}
+    record["annotations"] = [box]
+    model = build("MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True, "INPUT.CROP.ENABLED", True).train()
+    model.config.INPUT.CROP.TYPE, model.config.INPUT.CROP.SIZE = "absolute", [40, 50]
+    model.config.INPUT.MIN_SIZE_TRAIN, seen = (100,), []
+    losses = model.losses
+
+    def spy(anchors, logits, deltas, gt_instances):
+        seen.extend(x.gt_boxes.tensor for x in gt_instances)
+        return losses(anchors, logits, deltas, gt_instances)
+
+    monkeypatch.setattr(model, "losses", spy)
+    image = Mapper(model.config, is_train=True)(copy.deepcopy(record))
+    assert image["image"].shape[1:] == (100, 125)
+    model([image])
+    (size,) = (seen[0][:, 2:] - seen[0][:, :2]).tolist()
+    assert size == pytest.approx([(20 - 1) * 2.5 + 1, (10 - 1) * 2.5 + 1])
+    image = DatasetMapper(model.config, is_train=True)(copy.deepcopy(record))
+    with pytest.raises(ValueError, match=r"INCLUSIVE_CORNERS with INPUT\.CROP needs"):
+        model([image])
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])

@@ -373,6 +373,41 @@ def test_what_is_logged(model, storage):
     }
 
 
+def test_a_validation_loss_is_not_logged(model, storage):
+    """Neither in a hook after the step, nor without gradients, nor in evaluation mode."""
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.5)
+    train, val = (
+        [{"image": torch.rand(3, 64, 64), "instances": instances([[8.0, 8.0, 40.0, side]], [1])}]
+        * 2
+        for side in (16.0, 60.0)
+    )
+    for step, loss_is_first in enumerate((False, True)):
+        storage.iter = step
+        if loss_is_first:
+            with torch.no_grad():
+                model(val)
+        model(train)
+        expected = {k: v for k, v in storage.latest().items() if k.startswith("freeanchor/")}
+        assert {i for _, i in expected.values()} == {step}
+        model(val)  # a hook that validates in training mode, with gradients
+        model.eval()
+        model.losses(*predictions(model), [x["instances"] for x in val])
+        model.train()
+        assert {k: storage.latest()[k] for k in expected} == expected
+    assert len(storage.history("freeanchor/bag_likelihood").values()) == 2
+
+
+def test_a_loss_without_a_storage(model, monkeypatch):
+    """A script of the user's own computes losses without one."""
+
+    def none():
+        raise AssertionError("get_event_storage() has to be called inside a context")
+
+    monkeypatch.setattr("freeanchor.modeling.meta_arch.get_event_storage", none)
+    losses = model.losses(*predictions(model), [instances([[8.0, 8.0, 40.0, 30.0]], [1])] * 2)
+    assert all(x.isfinite() for x in losses.values())
+
+
 def detections(model, image):
     with torch.no_grad():
         (result,) = model.eval()([{"image": image}])

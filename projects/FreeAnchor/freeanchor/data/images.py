@@ -1,11 +1,13 @@
 """Images of a data set: checked before any work is done, and read with errors that name them."""
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detectron2.data import DatasetMapper
+from detectron2.data.transforms import ResizeTransform
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -87,3 +89,14 @@ class Mapper(DatasetMapper):
         except (OSError, ValueError, SyntaxError) as e:
             raise DatasetError(f"{dataset_dict['file_name']} cannot be read: {e}") from e
         return mapped
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        # After a crop, sizes do not tell it, and INCLUSIVE_CORNERS needs it.
+        resizes = [t for t in transforms.transforms if isinstance(t, ResizeTransform)]
+        dataset_dict["resize_factors"] = (
+            math.prod(t.new_w / t.w for t in resizes),
+            math.prod(t.new_h / t.h for t in resizes),
+        )
+        super()._transform_annotations(dataset_dict, transforms, image_shape)

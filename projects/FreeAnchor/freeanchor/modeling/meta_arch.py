@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
 from ..layers import box_prob, iou_topk, negative_bag_loss, take
@@ -20,6 +20,7 @@ from .backbone import TopBlock
 __all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
 
 
+_FIRST_LOGGED = "freeanchor/objects_per_image"
 # As Detectron2's RetinaNet assigns anchors.
 _RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
 
@@ -151,7 +152,9 @@ class FreeAnchor(RetinaNet):
     ) -> dict[str, Tensor]:
         """The two bag losses of a batch (paper, section 3.3), in float32 or better.
 
-        Logs to the current `EventStorage`, so there must be one, as for Detectron2's RetinaNet.
+        Logs to the current `EventStorage` in a training step: in training mode, with gradients, and
+        of each iteration the first time, so that a hook that computes a validation loss does not
+        enter the curves.
 
         Args:
             anchors: per level, (Hi * Wi * A) anchors, shared by all images.
@@ -290,13 +293,26 @@ class FreeAnchor(RetinaNet):
         objects = [x["instances"].to(self.device) for x in batched_inputs]
         return self.match(self.anchor_generator(features), logits, deltas, objects)
 
-    @torch.no_grad()
+    def _training_storage(self) -> EventStorage | None:
+        """Where a training step logs, None in what is none, see :meth:`losses`."""
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        try:
+            storage: EventStorage = get_event_storage()
+        except AssertionError:  # there is none
+            return None
+        _, iteration = storage.latest().get(_FIRST_LOGGED, (0.0, -1))
+        return None if iteration == storage.iter else storage
+
     def _log_matching(
         self, log_prob: Tensor, positive: Tensor, max_iou: Tensor, num_images: int
     ) -> None:
         """What tells a user whether matching works, to the EventStorage."""
-        storage = get_event_storage()
-        storage.put_scalar("freeanchor/objects_per_image", len(positive) / num_images)
+        storage = self._training_storage()
+        if storage is None:
+            return
+        log_prob, positive = log_prob.detach(), positive.detach()
+        storage.put_scalar(_FIRST_LOGGED, len(positive) / num_images)
         if len(positive) == 0:
             return
         # The share of each anchor in the likelihood of its bag, see `positive_bag_loss`.
@@ -336,6 +352,20 @@ def _sizes(image: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     return (image.get("width", width), image.get("height", height)), (width, height)
 
 
+def _resize_factors(model: FreeAnchor, image: dict[str, Any]) -> tuple[float, float]:
+    """By which the width and height of a training image were resized."""
+    if "resize_factors" in image:
+        factors: tuple[float, float] = image["resize_factors"]
+        return factors
+    if model.config is not None and model.config.INPUT.CROP.ENABLED:
+        raise ValueError(
+            "MODEL.FREEANCHOR.INCLUSIVE_CORNERS with INPUT.CROP needs the `resize_factors` of each "
+            "image, which freeanchor.data.Mapper gives"
+        )
+    original, resized = _sizes(image)
+    return resized[0] / original[0], resized[1] / original[1]
+
+
 def _to_inclusive_corners(
     model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]]] | None:
@@ -344,9 +374,8 @@ def _to_inclusive_corners(
         return None
     batch = []
     for image in inputs[0]:
-        original, resized = _sizes(image)
         instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
-        scale = resized[0] / original[0], resized[1] / original[1]
+        scale = _resize_factors(model, image)
         boxes = inclusive_shift(instances.gt_boxes.tensor, scale)
         start, end = boxes.split(2, dim=1)
         instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
