@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from freeanchor.modeling import Matching
-from freeanchor.visualization import drawing
+from freeanchor.visualization import drawing, labels
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from PIL import Image
 
 
 def test_detections_beside_ground_truth(dataset, monkeypatch):
@@ -90,3 +94,70 @@ def test_drawing_of_an_object_that_nothing_is_assigned_to():
     )
     figure = drawing.draw_matching(np.zeros((9, 9, 3), np.uint8), {"a": matching})
     assert "0 anchors" in figure.axes[1].get_title()
+
+
+HOSTILE = [
+    "$x",
+    "a$b$c",
+    "_a",
+    "<b>&\"'",
+    "x^2_{",
+    "\\frac",
+    "細胞",
+    "лист",
+    "🙂",
+    "\x00\t",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_class_names_are_drawn_as_they_are(dataset, name):
+    """No formula, no warning of a missing letter, no crash; warnings are errors here."""
+    record = DatasetCatalog.get(dataset[0])[0]
+    metadata = MetadataCatalog.get(dataset[0])
+    pictures = []
+    for class_name in (name, "other"):
+        metadata.__dict__["thing_classes"] = [class_name] * 2
+        pictures.append(drawing.draw_detections(record, [], metadata, score_thresh=0.5))
+    assert not np.array_equal(*pictures)
+    figure = drawing.draw_matching(np.zeros((48, 64, 3), np.uint8), {name: a_matching(1)})
+    drawing.to_image(figure)
+
+
+def test_letters_of_other_fonts(monkeypatch):
+    """Where the usual font lacks a letter, another of the system is taken; else it is escaped."""
+    figure = Figure()
+    serif = font_manager.findfont("DejaVu Serif")
+    monkeypatch.setattr(labels, "_characters", lambda f: set("細") if f == serif else set("ab"))
+    text = figure.text(0, 0, "a細b胞")
+    labels.make_legible([text])
+    assert text.get_text() == r"a細b\u80de"
+    assert text.get_fontfamily() == ["sans-serif", "DejaVu Serif"]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((4000, 40), (80, 4000)),  # width, height; height and width of the picture
+        ((40, 4000), (4000, 80)),
+        ((20000, 30), (24, 8192)),
+        ((9000, 1), (2, 9000)),
+        ((64, 48), (512, 2 * 682)),
+        ((700, 600), (600, 1400)),
+    ],
+)
+def test_strips(tmp_path, size, expected):
+    """Pictures of strips have a size that files and memory allow."""
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    box = [0.0, 0.0, size[0] / 2, size[1] / 2]
+    record = {"file_name": str(tmp_path / "strip.png"), "image_id": 1}
+    record["annotations"] = [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}]
+    MetadataCatalog.get("strips").set(thing_classes=["thing"])
+    found = [{"bbox": box, "score": 0.9, "category_id": 0}]
+    picture = drawing.draw_detections(record, found, MetadataCatalog.get("strips"), 0.5)
+    MetadataCatalog.pop("strips")
+    assert picture.shape == (*expected, 3)
+    matching = a_matching(2)
+    matching = matching._replace(boxes=torch.tensor([box, [0.0, 0.0, 1.0, 1.0]]))
+    drawing.to_image(drawing.draw_matching(np.zeros((*size[::-1], 3), np.uint8), {"m": matching}))

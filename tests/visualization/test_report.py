@@ -2,16 +2,22 @@
 
 import html.parser
 import json
+import pathlib
 import re
 
 import pytest
+import torch
 from conftest import quick_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from freeanchor import data
+from detectron2.structures import Boxes, Instances
+from freeanchor import data, engine
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import write_checkpoint
-from freeanchor.visualization import report
+from freeanchor.errors import FileError
+from freeanchor.visualization import report, write_pictures
+from PIL import Image
+from torch import nn
 
 METRICS = {
     "bbox/AP": 12.34,
@@ -129,6 +135,89 @@ def test_page_of_several_data_sets(run, coco):
     (output / "metrics.json").write_text(json.dumps({"iteration": 9, **metrics}) + "\n")
     text = " ".join(Page(report.write_report(cfg, 1, 0.5).read_text()).texts)
     assert text.index("val AP 12.3") < text.index("other AP 5.5")
+
+
+HOSTILE = {1: "$a_b$ <script>alert('1')</script>", 2: '細胞 "x" & ^', 3: "_c\\"}
+
+
+@pytest.fixture
+def hostile_run(run, tmp_path):
+    """A run on a data set whose name, ids and class names are markup, paths and formulas."""
+    cfg, (_, annotations, folder), output = run
+    content = json.loads(pathlib.Path(annotations).read_text())
+    ids = {1: "../x", 2: "a/b", 3: "/", 4: "4" * 300}
+    for x in content["images"]:
+        x["id"] = ids[x["id"]]
+    for x in content["annotations"]:
+        x["image_id"] = ids[x["image_id"]]
+    for x in content["categories"]:
+        x["name"] = HOSTILE[x["id"]]
+    Image.new("RGB", (4000, 40)).save(pathlib.Path(folder) / "2.png")
+    content["images"][1].update(width=4000, height=40)
+    (tmp_path / "hostile.json").write_text(json.dumps(content))
+    name = "../a/b <i>$x$"
+    data.register_datasets([(name, str(tmp_path / "hostile.json"), folder)])
+    cfg.DATASETS.TEST = (name,)
+    evaluator = engine.build_evaluator(cfg, name, nn.Identity())
+    evaluator.reset()
+    for i in ids.values():
+        found = Instances((40, 60))
+        found.pred_boxes, found.scores = Boxes([[9.0, 6.0, 39.0, 26.0]]), torch.tensor([0.9])
+        found.pred_classes = torch.tensor([1])
+        evaluator.process([{"image_id": i}], [{"instances": found}])
+    results = {f"bbox/{k}": v for k, v in evaluator.evaluate()["bbox"].items()}
+    (output / "metrics.json").write_text(json.dumps({"iteration": 9, **results}) + "\n")
+    yield cfg, output
+    outside = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")}
+    assert outside == {"val", "val.json", "hostile.json", output.name}
+
+
+def test_page_of_hostile_names(hostile_run):
+    """All is text where it is shown; nothing is markup, and nothing lies outside the folder."""
+    cfg, _ = hostile_run
+    page = Page(report.write_report(cfg, num_images=4, score_thresh=0.5).read_text())
+    assert page.open == []
+    assert not {"script", "i"} & set(page.tags)
+    text = " ".join(page.texts)
+    assert "../a/b <i>$x$" in text
+    assert all(name in text for name in HOSTILE.values())
+
+
+def test_pictures_of_hostile_names(hostile_run):
+    """One for each image, and its matching."""
+    cfg, output = hostile_run
+    pictures = write_pictures(cfg, 4, 0.5, [str(output / "model_final.pth")])
+    assert len(list(pictures.glob("*.png"))) == 1 + 2 * 4
+    assert pictures.parent == output
+
+
+@pytest.mark.parametrize("key", ["annotations", "crowd"])
+def test_page_without_truth(run, coco, key):
+    """No figures of nothing: no F1, no best or worst image; detections are shown."""
+    cfg, _, output = run
+    name, annotations, folder = coco(name="test")
+    content = json.loads(pathlib.Path(annotations).read_text())
+    if key == "annotations":
+        del content["annotations"]
+    for x in content.get("annotations", ()):
+        x["iscrowd"] = 1
+    pathlib.Path(annotations).write_text(json.dumps(content))
+    data.register_datasets([(name, annotations, folder)])
+    cfg.DATASETS.TEST = (name,)
+    (output / "inference" / "test").mkdir()
+    found = [{"image_id": 1, "category_id": 2, "bbox": [9, 6, 30, 20], "score": 0.9}]
+    path = output / "inference" / "test" / "coco_instances_results.json"
+    path.write_text(json.dumps(found))
+    (output / "metrics.json").write_text('{"iteration": 19, "total_loss": 2.0}\n')
+    (output / "model_final.pth").unlink()
+    page = Page(report.write_report(cfg, num_images=2, score_thresh=0.5).read_text())
+    text = " ".join(page.texts)
+    assert not re.search(r"F1|Worst|Best|Ground truth", text)
+    assert "no ground truth, so there are no figures" in text
+    assert len(page.sources) == 1 + 2
+    path.write_text(json.dumps([{**found[0], "image_id": 77}]))
+    with pytest.raises(FileError, match="detections in image 77, which data set test does not"):
+        report.write_report(cfg, num_images=2, score_thresh=0.5)
 
 
 def test_command(run, capsys):

@@ -15,10 +15,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..modeling import Matching
+from .labels import make_legible
 
-__all__ = ["draw_curves", "draw_detections", "draw_matching", "to_image"]
+__all__ = ["class_index", "draw_curves", "draw_detections", "draw_matching", "to_image"]
 
 _MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
+_MAX_ENLARGED = 2048  # its longer side, where that makes a strip too large
+_MAX_SIZE = 8192  # of any, as file formats and memory end somewhere
 _CURVES = (
     ("Losses", ("total_loss", "loss_positive", "loss_negative")),
     ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
@@ -29,7 +32,7 @@ _CURVES = (
 def draw_detections(
     record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
 ) -> NDArray[Any]:
-    """Draw the ground truth of an image and, to its right, its detections.
+    """Draw the ground truth of an image and, to its right, its detections; below it for a strip.
 
     Args:
         record: the image in Detectron2's standard format.
@@ -38,24 +41,38 @@ def draw_detections(
         score_thresh: detections with a lower score are left out.
 
     Returns:
-        (H, 2 * W, 3) uint8 RGB image, where small images are enlarged.
+        (H, 2 * W, 3) uint8 RGB image, where small images are enlarged; (2 * H, W, 3) if an image is
+        more than twice as wide as it is high.
     """
     image = read_image(record["file_name"], "RGB")
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
     truth = [
         (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
-        for a in record["annotations"]
+        for a in record.get("annotations", ())
     ]
     found = [
         (
             BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
-            contiguous[d["category_id"]],
+            class_index(metadata, d["category_id"]),
             f" {d['score']:.0%}",
         )
         for d in detections
         if d["score"] >= score_thresh
     ]
-    return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=1)
+    axis = 0 if image.shape[1] > 2 * image.shape[0] else 1
+    return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=axis)
+
+
+def class_index(metadata: Any, category_id: Any) -> int:
+    """The index of a class, of the id that the user's data set has for it."""
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    return int(contiguous[category_id] if contiguous else category_id)
+
+
+def _scale(height: int, width: int) -> float:
+    """By which a picture is larger than its image."""
+    shorter, longer = sorted((height, width))
+    scale = max(1.0, min(_MIN_SIZE / shorter, _MAX_ENLARGED / longer))
+    return max(min(scale, _MAX_SIZE / longer), 1 / shorter)
 
 
 def _draw_boxes(
@@ -63,15 +80,14 @@ def _draw_boxes(
 ) -> NDArray[Any]:
     """Draw (box, class, what to say after the class) on an image, a colour for each class."""
     colors = colormap(rgb=True, maximum=1)
-    drawn: NDArray[Any] = (
-        Visualizer(image, metadata, scale=max(1.0, _MIN_SIZE / min(image.shape[:2])))
-        .overlay_instances(
-            boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
-            labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
-            assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
-        )
-        .get_image()
+    visualizer = Visualizer(image, metadata, scale=_scale(*image.shape[:2]))
+    visualizer.overlay_instances(
+        boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
+        labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
+        assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
     )
+    make_legible(visualizer.output.ax.texts)
+    drawn: NDArray[Any] = visualizer.output.get_image()
     return drawn
 
 
@@ -128,7 +144,8 @@ def draw_matching(
         box = first.boxes[i].cpu().numpy()
         for axes, (name, matching) in zip(row, matchings.items()):
             prob, anchors = matching.prob[i].cpu().numpy(), matching.anchors[i].cpu().numpy()
-            axes.set_title(f"{name}: best of {len(prob)} anchors P = {prob.max():.2g}", fontsize=8)
+            title = f"{name}: best of {len(prob)} anchors P = {prob.max():.2g}"
+            make_legible([axes.set_title(title, fontsize=8)])
             _draw_anchors(axes, image, box, anchors, prob / max(prob.max(), 1e-30))
         iou = first.assigned_iou[i].cpu().numpy()
         row[-1].set_title(

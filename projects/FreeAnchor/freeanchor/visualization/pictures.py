@@ -21,6 +21,7 @@ from ..checkpoint import Checkpointer
 from ..data import Mapper
 from ..errors import FileError
 from ..modeling import FreeAnchor, Matching
+from ..paths import file_stem
 from .drawing import draw_curves, draw_detections, draw_matching
 from .runs import read_detections, read_metrics
 
@@ -68,7 +69,7 @@ def match_images(
     for checkpoint in checkpoints:
         Checkpointer(model, cfg).load(checkpoint, checkpointables=[])
         for image, matchings in zip(images, found):
-            if len(image["instances"]):
+            if len(image.get("instances", ())):
                 (matchings[Path(checkpoint).stem],) = model.match_inputs([image])
     pixels = [convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT) for x in images]
     return list(zip(pixels, found))
@@ -101,14 +102,15 @@ def write_pictures(
         records = DatasetCatalog.get(name)
         detections = read_detections(cfg, name, records)
         chosen = choose(records, num_images)
-        for record in chosen:
+        stems = [file_stem(f"{name}_{record['image_id']}") for record in chosen]
+        for record, stem in zip(chosen, stems):
             drawn = draw_detections(
                 record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
             )
-            Image.fromarray(drawn).save(pictures / f"{name}_{record['image_id']}.png")
+            Image.fromarray(drawn).save(pictures / f"{stem}.png")
         if checkpoints:
-            for record, (image, matchings) in zip(chosen, match_images(cfg, checkpoints, chosen)):
+            for stem, (image, matchings) in zip(stems, match_images(cfg, checkpoints, chosen)):
                 if matchings:
-                    path = pictures / f"{name}_{record['image_id']}_matching.png"
+                    path = pictures / f"{stem}_matching.png"
                     draw_matching(image, matchings).savefig(path, dpi=100)
     return pictures

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..evaluation import ASPECT_RATIOS, CROWDING
-from .drawing import draw_curves, draw_detections, draw_matching, to_image
+from .drawing import class_index, draw_curves, draw_detections, draw_matching, to_image
 from .pictures import choose, match_images
 from .runs import read_detections, read_metrics
 
@@ -57,8 +57,7 @@ def image_f1(record: dict[str, Any], detections: list[dict[str, Any]], metadata:
     Returns:
         2 TP / (2 TP + FP + FN) in [0, 1]; 1 where there is neither object nor detection.
     """
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
-    objects = [a for a in record["annotations"] if not a.get("iscrowd")]
+    objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd")]
     found = sorted(
         (d for d in detections if d["score"] >= _F1_SCORE), key=lambda d: d["score"], reverse=True
     )
@@ -68,7 +67,7 @@ def image_f1(record: dict[str, Any], detections: list[dict[str, Any]], metadata:
     free = np.ones(len(objects), dtype=bool)
     hits = 0
     for detection, row in zip(found, iou):
-        label = contiguous[detection["category_id"]]
+        label = class_index(metadata, detection["category_id"])
         fits = free & (row >= _F1_IOU) & np.array([a["category_id"] == label for a in objects])
         if fits.any():
             free[np.where(fits, row, -1).argmax()] = False
@@ -123,6 +122,8 @@ def _scores(metrics: list[dict[str, float]], name: str, num_datasets: int) -> li
     prefix = f"{name}/" if num_datasets > 1 else ""
     evaluated = [r for r in metrics if f"{prefix}bbox/AP" in r]
     if not evaluated:
+        if not _has_truth(DatasetCatalog.get(name)):
+            return ["<p>The data set has no ground truth, so there are no figures.</p>"]
         return ["<p>The run was not evaluated while it trained.</p>"]
     last = {k.removeprefix(prefix): v for k, v in evaluated[-1].items() if k.startswith(prefix)}
     big = [
@@ -161,34 +162,42 @@ def _scores(metrics: list[dict[str, float]], name: str, num_datasets: int) -> li
     return [*parts, "</div>"]
 
 
+def _has_truth(records: list[dict[str, Any]]) -> bool:
+    return any(not a.get("iscrowd") for r in records for a in r.get("annotations", ()))
+
+
 def _images(cfg: CfgNode, name: str, num_images: int, score_thresh: float) -> list[str]:
     """Detections beside ground truth, the best and the worst images, and the matching."""
     records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     detections = read_detections(cfg, name, records)
-    score = {r["image_id"]: image_f1(r, detections[r["image_id"]], metadata) for r in records}
-    by_score = sorted(records, key=lambda r: -score[r["image_id"]])
+    groups = [("Some images", choose(records, num_images))]
+    score: dict[Any, float] = {}
+    if _has_truth(records):
+        score = {r["image_id"]: image_f1(r, detections[r["image_id"]], metadata) for r in records}
+        by_score = sorted(records, key=lambda r: -score[r["image_id"]])
+        groups.append(("Best images", by_score[:num_images]))
+        groups.append(("Worst images", by_score[::-1][:num_images]))
     parts = []
-    for title, chosen in (
-        ("Some images", choose(records, num_images)),
-        ("Best images", by_score[:num_images]),
-        ("Worst images", by_score[::-1][:num_images]),
-    ):
+    for title, chosen in groups:
         parts.append(
-            f'<h2>{title}</h2><p>Ground truth left, detections right.</p><div class="grid">'
+            f"<h2>{title}</h2><p>{'Ground truth' if score else 'The image'} left or above, "
+            'detections right or below.</p><div class="grid">'
         )
         for record in chosen:
             drawn = draw_detections(record, detections[record["image_id"]], metadata, score_thresh)
-            file_name = Path(record["file_name"]).name
-            caption = f"{file_name}: F1 {score[record['image_id']]:.2f}"
+            caption = Path(record["file_name"]).name
+            if score:
+                caption += f": F1 {score[record['image_id']]:.2f}"
             parts.append(_figure(drawn, caption))
         parts.append("</div>")
     model = Path(cfg.OUTPUT_DIR) / "model_final.pth"
-    if model.is_file() and cfg.MODEL.META_ARCHITECTURE == "FreeAnchor":
+    with_objects = [r for r in records if r.get("annotations")]
+    if with_objects and model.is_file() and cfg.MODEL.META_ARCHITECTURE == "FreeAnchor":
         parts.append(
             "<h2>Matching</h2><p>The bags of objects (red), coloured by the matched probability of "
             "their anchors, beside what RetinaNet would assign by IoU.</p><div class='grid'>"
         )
-        chosen = choose([r for r in records if r["annotations"]], num_images)
+        chosen = choose(with_objects, num_images)
         for record, (image, matchings) in zip(chosen, match_images(cfg, [str(model)], chosen)):
             if matchings:
                 figure = draw_matching(image, matchings, max_objects=3)

@@ -75,7 +75,13 @@ def read_detections(
 ) -> dict[Any, list[dict[str, Any]]]:
     """Read the detections of a run, in COCO's result format, by `image_id` of the records."""
     detections: dict[Any, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
-    for detection in json.loads(_results_file(cfg, name).read_text()):
+    path = _results_file(cfg, name)
+    for detection in json.loads(path.read_text()):
+        if detection["image_id"] not in detections:
+            raise FileError(
+                f"{path} has detections in image {detection['image_id']!r}, which data set {name} "
+                "does not have: give the data set that the run was evaluated on"
+            )
         detections[detection["image_id"]].append(detection)
     return detections
 

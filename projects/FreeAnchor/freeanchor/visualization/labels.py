@@ -1,0 +1,42 @@
+"""Text of the user's in pictures: class names in any script, and with what is markup elsewhere."""
+
+from collections.abc import Iterable
+from functools import cache
+
+from matplotlib import font_manager
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+
+__all__ = ["make_legible"]
+
+
+@cache
+def _characters(font: str) -> frozenset[str]:
+    """What the font of a file can draw."""
+    try:
+        return frozenset(map(chr, font_manager.get_font(font).get_charmap()))
+    except (OSError, RuntimeError, ValueError):  # a damaged font of the system
+        return frozenset()
+
+
+def make_legible(texts: Iterable[Text]) -> None:
+    """Have texts drawn as they are, by other fonts of the system where the usual one lacks letters.
+
+    A `$` begins no formula, and a character that no font has is escaped as in Python.
+    """
+    texts = list(texts)
+    lacking = set("".join(text.get_text() for text in texts)) - {"\n"}
+    lacking -= _characters(font_manager.findfont(FontProperties(family=["sans-serif"])))
+    families = ["sans-serif"]
+    for font in font_manager.fontManager.ttflist if lacking else ():
+        if found := lacking & _characters(font.fname):
+            families.append(font.name)
+            lacking -= found
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_fontfamily(families)
+        text.set_text(
+            "".join(
+                c.encode("unicode_escape").decode() if c in lacking else c for c in text.get_text()
+            )
+        )
