@@ -9,20 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .command_line import add_dataset_argument, one_sentence
+from .command_line import add_dataset_argument, add_options_argument, one_sentence
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What the commands that look at a finished run share."""
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     add_dataset_argument(parser)
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="change the config of the run; the last option",
-    )
+    add_options_argument(parser, "the config of the run")
 
 
 def _read_run(args: argparse.Namespace) -> Any:
@@ -100,6 +94,40 @@ def _shapes(args: argparse.Namespace) -> None:
     print(f"Wrote {args.num_train} training and {args.num_val} val images to {args.out_dir}")
 
 
+def _add_anchors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("annotations", help="the COCO annotation file of the training set")
+    parser.add_argument("image_dir")
+    parser.add_argument("--config-file", required=True, help="of the training")
+    add_options_argument(parser, "the config, as in the training")
+
+
+def _anchors(args: argparse.Namespace) -> None:
+    import numpy as np
+    from detectron2.data import DatasetCatalog
+
+    from .config import merge_options, read_config
+    from .data import best_anchor_iou, propose_anchors, register_datasets, training_boxes
+    from .data.anchors import GOOD_IOU
+
+    cfg = read_config(args.config_file)
+    merge_options(cfg, args.opts)
+    register_datasets([("anchors", args.annotations, args.image_dir)])
+    images = training_boxes(DatasetCatalog.get("anchors"), cfg)
+    proposed = propose_anchors(images, cfg)
+    generator = cfg.MODEL.ANCHOR_GENERATOR
+    for name in ("the config's anchors", "the proposed ones"):
+        iou = best_anchor_iou(images, cfg)
+        print(
+            f"Of {len(iou)} objects, {np.mean(iou >= GOOD_IOU):.1%} have an IoU of at least "
+            f"{GOOD_IOU} with {name}; mean {iou.mean():.2f}"
+        )
+        generator.SIZES, generator.ASPECT_RATIOS = proposed
+    print(
+        f'MODEL.ANCHOR_GENERATOR.SIZES "{proposed[0]}" '
+        f'MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS "{proposed[1]}"'
+    )
+
+
 _Command = tuple[
     str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
 ]
@@ -112,6 +140,7 @@ _COMMANDS: dict[str, _Command] = {
     "report": ("put a run on one page, OUTPUT_DIR/report.html", _add_report, _report),
     "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
+    "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from .errors import FreeAnchorError
 
-__all__ = ["add_dataset_argument", "one_sentence"]
+__all__ = ["add_dataset_argument", "add_options_argument", "one_sentence"]
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,17 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "ANNOTATIONS.json", "IMAGE_DIR"),
         help="register a data set in COCO format, to be named in DATASETS.TRAIN or DATASETS.TEST; "
         "may be given several times",
+    )
+
+
+def add_options_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option `--opts KEY VALUE ...`, which comes last as in Detectron2's demo."""
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help=f"change {what}; the last option",
     )
 
 

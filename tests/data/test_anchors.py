@@ -1,0 +1,102 @@
+"""Anchors from the data: how well they fit, and that proposed ones fit better."""
+
+import ast
+import re
+
+import numpy as np
+import pytest
+from conftest import QUICK
+from detectron2.structures import BoxMode
+from freeanchor.__main__ import main
+from freeanchor.data import anchors
+from freeanchor.errors import DatasetError
+
+SIZE = 320
+
+
+def records(shapes, seed=0, per_image=5):
+    """Objects of (width, height) shapes at random places of images of 320 x 320 pixels."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for start in range(0, len(shapes), per_image):
+        boxes = []
+        for width, height in shapes[start : start + per_image]:
+            x, y = rng.uniform(0, [SIZE - width, SIZE - height])
+            boxes.append([x, y, width, height])
+        result.append(
+            {
+                "height": SIZE,
+                "width": SIZE,
+                "annotations": [{"bbox": b, "bbox_mode": BoxMode.XYWH_ABS} for b in boxes],
+            }
+        )
+    return result
+
+
+def fit(images, cfg, proposed=None):
+    cfg = cfg.clone()
+    if proposed:
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES, cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = proposed
+    return anchors.best_anchor_iou(images, cfg)
+
+
+def test_best_iou_by_hand(cfg):
+    """An object on an anchor has IoU 1, one of half its height 0.5."""
+    record = {
+        "height": SIZE,
+        "width": SIZE,
+        "annotations": [
+            {"bbox": [112, 112, 144, 144], "bbox_mode": BoxMode.XYXY_ABS},
+            {"bbox": [112, 120, 144, 136], "bbox_mode": BoxMode.XYXY_ABS},
+            {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 1},
+        ],
+    }
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+    assert fit(anchors.training_boxes([record], cfg), cfg).tolist() == [1.0, 0.5]
+
+
+def test_objects_in_the_size_of_the_training(cfg):
+    """Resized as Detectron2 does, to the middle of several sizes; images without any left out."""
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (100, 160, 500), 2000
+    first = records([(40, 20)])
+    found = anchors.training_boxes([*first, {"height": 9, "width": 9, "annotations": []}], cfg)
+    ((size, boxes),) = found
+    assert size == (160, 160)
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], [[20, 10]])
+    with pytest.raises(DatasetError, match="no object"):
+        anchors.training_boxes([], cfg)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(150, 12)] * 50 + [(100, 9)] * 50,
+        [(10, 90)] * 60,
+        [(14, 14)] * 60,
+        [(40, 40)] * 30 + [(120, 30)] * 30 + [(250, 300)] * 30,
+        [(33, 57)],
+    ],
+)
+def test_proposed_anchors_fit_better(cfg, shapes):
+    """Never fewer objects by 0.5, and of slender ones many more; as many anchors as before."""
+    images = anchors.training_boxes(records(shapes), cfg)
+    proposed = anchors.propose_anchors(images, cfg)
+    before, after = fit(images, cfg), fit(images, cfg, proposed)
+    assert (np.mean(after >= 0.5), after.mean()) >= (np.mean(before >= 0.5), before.mean())
+    assert np.mean(after >= 0.5) > 0.8
+    assert np.shape(proposed[0]) == np.shape(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+    assert np.shape(proposed[1]) == np.shape(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)
+
+
+def test_command(coco, capsys):
+    """It prints the shares before and after, and options that a config takes."""
+    _, path, images = coco()
+    main(["anchors", path, images, "--config-file", str(QUICK), "--opts", "SEED", "3"])
+    out = capsys.readouterr().out
+    assert re.search(
+        r"Of 4 objects, \S+% have an IoU of at least 0\.5 with the config's anchors", out
+    )
+    sizes, ratios = re.findall(r'"(\[\[.*?\]\])"', out)
+    assert np.shape(ast.literal_eval(sizes)) == (5, 3)
+    assert np.shape(ast.literal_eval(ratios)) == (1, 3)
