@@ -82,7 +82,6 @@ def test_the_script_of_the_document(coco, tmp_path, monkeypatch):
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
     ]
-    output.mkdir()
     monkeypatch.setattr(sys, "argv", ["train_lazy.py", str(tmp_path / "own.py"), *overrides])
     runpy.run_path(str(tmp_path / "train_lazy.py"), run_name="__main__")
     lines = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
