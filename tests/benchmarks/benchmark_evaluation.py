@@ -12,7 +12,7 @@ import time
 
 import freeanchor  # noqa: F401  # isort: skip  # makes Detectron2 importable
 import numpy as np
-from freeanchor import evaluation
+from freeanchor.evaluation import COCO_API, boxes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -67,11 +67,11 @@ def main():
     parser.add_argument("--detections", type=int, default=100)
     args = parser.parse_args()
     truth, detections = make(args.images, args.detections)
-    ours, stats = seconds(evaluation.COCO, evaluation.COCOeval, truth, detections)
+    ours, stats = seconds(boxes.COCO, boxes.COCOeval, truth, detections)
     theirs, expected = seconds(COCO, COCOeval, truth, detections)
     np.testing.assert_allclose(stats, expected, rtol=1e-9)
     print(
-        f"{args.images} images x {args.detections} detections: {evaluation.COCO_API} {ours:.1f} s, "
+        f"{args.images} images x {args.detections} detections: {COCO_API} {ours:.1f} s, "
         f"pycocotools {theirs:.1f} s, {theirs / ours:.1f} times as fast, same figures"
     )
 

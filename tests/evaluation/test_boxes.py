@@ -9,7 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
-from freeanchor import evaluation
+from freeanchor import engine, evaluation
 from freeanchor.errors import DatasetError
 from freeanchor.evaluation import BoxEvaluator, aspect_ratios, boxes, crowding
 from pycocotools.coco import COCO
@@ -226,7 +226,7 @@ def test_truth_from_elsewhere_than_a_file(register, tmp_path, source):
 
 
 @pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
-def test_more_than_100_detections(register, monkeypatch, back_end):
+def test_more_than_100_detections(register, cfg, model, tmp_path, monkeypatch, back_end):
     """A model with more detections per image is not measured by its first 100."""
     if back_end == "pycocotools":
         monkeypatch.setattr(boxes, "COCO", COCO)
@@ -234,7 +234,9 @@ def test_more_than_100_detections(register, monkeypatch, back_end):
     objects = [(1, 0, (x * 13, y * 14, 12, 13), False) for x in range(20) for y in range(15)]
     found = [(*x[:3], 0.3 + i / 1000) for i, x in enumerate(objects)]
     name = register("many", objects, num_images=1)
-    results = evaluate(BoxEvaluator(name, max_dets_per_image=300), found, 1)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    cfg.OUTPUT_DIR = str(tmp_path)
+    results = evaluate(engine.build_evaluator(cfg, name, model), found, 1)
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert results["crowding"]["AR0"] == pytest.approx(100)
     assert evaluate(BoxEvaluator(name), found, 1)["bbox"]["AP"] < 34

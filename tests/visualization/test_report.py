@@ -137,7 +137,7 @@ def test_page_of_several_data_sets(run, coco):
     assert text.index("val AP 12.3") < text.index("other AP 5.5")
 
 
-HOSTILE = {1: "$a_b$ <script>alert('1')</script>", 2: '細胞 "x" & ^', 3: "_c\\"}
+HOSTILE = {1: "$a_b$ <script>alert('1')</script>", 2: '細胞 "x" & ^', 3: "_c\\ \ud800"}
 
 
 @pytest.fixture
@@ -180,7 +180,8 @@ def test_page_of_hostile_names(hostile_run):
     assert not {"script", "i"} & set(page.tags)
     text = " ".join(page.texts)
     assert "../a/b <i>$x$" in text
-    assert all(name in text for name in HOSTILE.values())
+    # Half a pair of surrogates is no character, as browsers show it.
+    assert all(name.replace("\ud800", "\ufffd") in text for name in HOSTILE.values())
 
 
 def test_pictures_of_hostile_names(hostile_run):

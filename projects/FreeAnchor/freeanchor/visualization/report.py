@@ -241,5 +241,5 @@ def write_report(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
     )
     parts.append("</pre></details></html>")
     path = output_dir / "report.html"
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path.write_text("\n".join(parts), encoding="utf-8", errors="xmlcharrefreplace")
     return path
