@@ -240,6 +240,9 @@ def test_more_than_100_detections(register, cfg, model, tmp_path, monkeypatch, b
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert results["crowding"]["AR0"] == pytest.approx(100)
     assert evaluate(BoxEvaluator(name), found, 1)["bbox"]["AP"] < 34
+    found = [*[(1, 0, (390, 290, 9, 9), 0.9)] * 2, (*objects[0][:3], 0.8)]
+    assert evaluate(BoxEvaluator(name, max_dets_per_image=2), found, 1)["bbox"]["AP"] == 0
+    assert evaluate(BoxEvaluator(name, max_dets_per_image=3), found, 1)["bbox"]["AP"] > 0
 
 
 @pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])

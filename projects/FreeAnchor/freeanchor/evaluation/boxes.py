@@ -101,7 +101,7 @@ class BoxEvaluator(DatasetEvaluator):
         self._truth = read_truth(dataset_name)
         self._distributed = distributed
         self._output_dir = output_dir
-        self._max_dets = [1, 10, max_dets_per_image]
+        self._max_dets = [min(x, max_dets_per_image) for x in (1, 10, max_dets_per_image)]
         self._found: list[dict[str, Any]] = []
         self._num_images = 0
 
