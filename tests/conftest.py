@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import freeanchor  # isort: skip  # makes Detectron2 importable
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from freeanchor import data
+from freeanchor.checkpoint import write_checkpoint
+from freeanchor.deploy import Predictor
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -168,3 +171,47 @@ def register(tmp_path):
         return name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """The folder of a run whose model detects something in noise."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    cfg = quick_cfg()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+    model = build_model(cfg)
+    make_it_detect(model)
+    (folder / "config.yaml").write_text(cfg.dump())
+    write_checkpoint(folder / "model_final.pth", model.state_dict(), {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predictor(run_folder):
+    return Predictor(run_folder, confidence=0.05, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Smooth noise of five sizes and shapes, BGR."""
+    rng = np.random.default_rng(0)
+    sizes = (96, 64), (100, 75), (40, 90), (120, 64), (96, 64)
+    return [
+        cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), size, interpolation=cv2.INTER_LINEAR)
+        for size in sizes
+    ]
+
+
+def assert_same(a, b, atol=1e-4):
+    """Two Instances hold the same detections, ties aside."""
+    assert a.image_size == b.image_size
+    assert len(a) == len(b)
+    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=atol)
+    order_a, order_b = (
+        sorted(range(len(x)), key=lambda i: [*x.pred_boxes.tensor[i].round(decimals=1).tolist()])
+        for x in (a, b)
+    )
+    a, b = a[order_a], b[order_b]
+    assert a.pred_classes.tolist() == b.pred_classes.tolist()
+    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=100 * atol)

@@ -1,0 +1,103 @@
+"""What a checkpoint is found by: the folder of a run, a file, a config or a name of the zoo."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from .. import model_zoo
+from ..config import CONFIGS, read_config
+from ..errors import FileError
+
+__all__ = ["class_names", "find_checkpoint"]
+
+_WEIGHTS = (".pth", ".safetensors")
+_FINAL = tuple(f"model_final{suffix}" for suffix in _WEIGHTS)
+
+
+def find_checkpoint(source: str | Path | CfgNode, weights: str | Path = "") -> CfgNode:
+    """Find the config of a trained model, with its weights in `MODEL.WEIGHTS`.
+
+    Args:
+        source: one of
+
+            - the folder of a run, `OUTPUT_DIR` of `train_net.py`;
+            - a file of weights, with its config beside it: of the same name, as `freeanchor
+              convert` writes it, or the `config.yaml` of the run;
+            - a config file, or a name in :mod:`freeanchor.model_zoo`;
+            - a config.
+        weights: what `MODEL.WEIGHTS` takes, instead of those that belong to the source.
+
+    Returns:
+        A config of its own, not frozen.
+
+    Raises:
+        FileError: there is no such thing, or it has no config or no weights.
+    """
+    cfg = source.clone() if isinstance(source, CfgNode) else _read(Path(source))
+    cfg.defrost()
+    if weights:
+        cfg.MODEL.WEIGHTS = str(weights)
+    if not cfg.MODEL.WEIGHTS:
+        raise FileError(
+            f"{'The config' if isinstance(source, CfgNode) else source} names no "
+            "weights: give them too"
+        )
+    return cfg
+
+
+def _read(source: Path) -> CfgNode:
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise FileError(f"{source} has no config.yaml: it is not the output of a training")
+        cfg = read_config(source / "config.yaml")
+        # Not MODEL.WEIGHTS of the config, from which the training started.
+        cfg.MODEL.WEIGHTS = str(_newest_weights(source))
+    elif source.suffix in _WEIGHTS and source.is_file():
+        beside = (source.with_suffix(".yaml"), source.with_name("config.yaml"))
+        config = next((x for x in beside if x.is_file()), None)
+        if config is None:
+            raise FileError(
+                f"{source} has no config beside it, neither {beside[0].name} nor "
+                "config.yaml: give the config, and these as its weights"
+            )
+        cfg = read_config(config)
+        cfg.MODEL.WEIGHTS = str(source)
+    elif source.is_file():
+        cfg = read_config(source)
+    elif (CONFIGS / source).is_file():
+        cfg = model_zoo.get_config(source.as_posix(), trained=True)
+    else:
+        raise FileError(
+            f"There is no {source}: give the folder of a run, weights with their "
+            "config beside them, a config or a name in the model zoo"
+        )
+    return cfg
+
+
+def _newest_weights(folder: Path) -> Path:
+    """The weights of a run: those saved last, or where nothing tells, the final ones."""
+    names = list(_FINAL)
+    if (folder / "last_checkpoint").is_file():
+        last = (folder / "last_checkpoint").read_text().strip()
+        names.insert(0, Path(last).name)  # never outside the folder
+    for name in filter(None, names):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileError(
+        f"{folder} has none of the weights {', '.join(filter(None, names))}: the "
+        "training has saved no checkpoint"
+    )
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classes of a model, in its order; "class 0", ... where nothing tells them."""
+    number = cfg.MODEL.RETINANET.NUM_CLASSES
+    # Data sets that Detectron2 itself knows have their names there.
+    known = [cfg.MODEL.FREEANCHOR.get("CLASS_NAMES", [])]
+    known += [
+        MetadataCatalog.get(x).get("thing_classes", [])
+        for x in cfg.DATASETS.TRAIN
+        if x in MetadataCatalog.list()
+    ]
+    return next((list(x) for x in known if len(x) == number), [f"class {i}" for i in range(number)])

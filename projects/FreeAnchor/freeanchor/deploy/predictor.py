@@ -1,0 +1,234 @@
+"""Detections in images, by a trained model."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
+from detectron2.structures import Instances
+from numpy.typing import NDArray
+
+from ..checkpoint import Checkpointer
+from ..config import merge_options
+from ..errors import DatasetError, FreeAnchorError, shorten
+from ..modeling import MultiScaleTest
+from .checkpoints import class_names, find_checkpoint
+
+__all__ = ["Predictor"]
+
+Image = NDArray[np.uint8]
+
+
+class Predictor:
+    """A trained detector, called with images.
+
+    Images are paths, or (H, W, 3) uint8 arrays in the order BGR, as OpenCV reads them and as
+    Detectron2's `DefaultPredictor` takes them, whatever the order the model was trained with.
+    Calls from several threads do not disturb each other.
+
+    Attributes:
+        cfg: the config of the model.
+        class_names: names of the classes, in the order of `pred_classes`.
+        confidence: detections have higher scores.
+        model: the model, in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | CfgNode,
+        weights: str | Path = "",
+        *,
+        confidence: float = 0.5,
+        classes: Sequence[str | int] = (),
+        device: str | None = None,
+        batch_size: int = 1,
+        aug: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        """Load a trained model.
+
+        Args:
+            source: the folder of a run, a file of weights with its config beside it, a config file,
+                a name in :mod:`freeanchor.model_zoo` or a config.
+            weights: what `MODEL.WEIGHTS` takes, instead of those that belong to the source.
+            confidence: detections with a score up to it are left out.
+            classes: names or indices of the classes to be detected; none for all.
+            device: where the model runs, by default on a GPU if there is one.
+            batch_size: as many images of one size go through the model together.
+            aug: whether to detect at the scales of `TEST.AUG`, see
+                :class:`freeanchor.modeling.MultiScaleTest`.
+            options: keys and values, one after another, that change the config.
+
+        Raises:
+            FreeAnchorError: something that was given cannot be used.
+        """
+        if not 0 <= confidence < 1:
+            raise FreeAnchorError(f"confidence must be in [0, 1), got {confidence}")
+        if batch_size < 1:
+            raise FreeAnchorError(f"batch size must be at least 1, got {batch_size}")
+        cfg = find_checkpoint(source, weights)
+        merge_options(cfg, options)
+        cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence
+        cfg.freeze()
+        self.cfg, self.confidence, self.batch_size = cfg, confidence, batch_size
+        self.class_names = class_names(cfg)
+        wanted = self._indices(classes)  # before the model is built
+        if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+            raise FreeAnchorError(f"INPUT.FORMAT must be BGR or RGB, got {cfg.INPUT.FORMAT}")
+        name = cfg.MODEL.META_ARCHITECTURE
+        if name not in META_ARCH_REGISTRY or not issubclass(
+            META_ARCH_REGISTRY.get(name), RetinaNet
+        ):
+            raise FreeAnchorError(f"MODEL.META_ARCHITECTURE {name} is no FreeAnchor or RetinaNet")
+        self.model = build_model(cfg).eval()
+        Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        if classes:
+            self._detect_only(wanted)
+        self._run = MultiScaleTest(cfg, self.model) if aug else self.model
+        # Detectron2's batch norm of heads counts the levels that it has seen.
+        self._lock = threading.Lock()
+        self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        if aug:
+            self._resize = ResizeShortestEdge(0, 0)  # MultiScaleTest resizes
+
+    def __call__(self, images: Sequence[str | Path | Image]) -> list[Instances]:
+        """Detect in images.
+
+        Args:
+            images: paths or arrays, see :class:`Predictor`, in any number.
+
+        Returns:
+            Per image, on the CPU: `pred_boxes`, in pixels of the image as it was given, `scores`
+            and `pred_classes`; the highest scores first.
+
+        Raises:
+            DatasetError: an image cannot be read, or is no such array.
+        """
+        return [instances for _, _, instances in self.stream(images)]
+
+    def stream(
+        self,
+        images: Iterable[str | Path | Image],
+        on_error: Callable[[FreeAnchorError], None] | None = None,
+    ) -> Iterator[tuple[str | Path | Image, Image, Instances]]:
+        """Detect in images one after another, of which few are in memory at any time.
+
+        While the model computes, the next batch is read.
+
+        Args:
+            images: paths or arrays, see :class:`Predictor`. It may be endless.
+            on_error: called with the error of an image that cannot be read, which is left out. By
+                default it is raised.
+
+        Yields:
+            In the order of `images`, the image as given, its pixels, (H, W, 3) uint8 BGR, and what
+            is found there, see :meth:`__call__`.
+        """
+        iterator = iter(images)
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._read_batch, iterator)
+            while batch := ahead.result():
+                ahead = pool.submit(self._read_batch, iterator)
+                ready = []
+                for x in batch:
+                    if isinstance(x, _Read):
+                        ready.append(x)
+                    elif on_error is None:
+                        raise x
+                    else:
+                        on_error(x)
+                for read, instances in zip(ready, self._detect(ready), strict=True):
+                    yield read.image, read.pixels, instances
+
+    def to_input(self, pixels: Image) -> dict[str, Any]:
+        """Make of (H, W, 3) uint8 BGR pixels what the model takes, resized as in a test."""
+        height, width = pixels.shape[:2]
+        if self.cfg.INPUT.FORMAT == "RGB":
+            pixels = pixels[:, :, ::-1]
+        if self._run is self.model:
+            pixels = self._resize.get_transform(pixels).apply_image(pixels)
+        tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+    def _read_batch(self, images: Iterator[str | Path | Image]) -> list["_Read | FreeAnchorError"]:
+        """The next images; empty at the end."""
+        batch: list[_Read | FreeAnchorError] = []
+        for image in islice(images, self.batch_size):
+            try:
+                pixels = _pixels(image)
+                batch.append(_Read(image, pixels, self.to_input(pixels)))
+            except FreeAnchorError as e:
+                batch.append(e)
+        return batch
+
+    @torch.inference_mode()
+    def _detect(self, batch: list["_Read"]) -> list[Instances]:
+        # Only images that are padded alike go together: each is then detected as if it was alone.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        stride = max(1, self.model.backbone.size_divisibility)
+        for i, read in enumerate(batch):
+            size = read.input["image"].shape[1:]
+            groups.setdefault(tuple(-(-x // stride) for x in size), []).append(i)
+        found: dict[int, Instances] = {}
+        for group in groups.values():
+            with self._lock:
+                outputs = self._run([batch[i].input for i in group])
+            found.update((i, x["instances"].to("cpu")) for i, x in zip(group, outputs, strict=True))
+        return [found[i] for i in range(len(batch))]
+
+    def _indices(self, classes: Sequence[str | int]) -> list[int]:
+        names = {name: i for i, name in enumerate(self.class_names)}
+        names |= {str(i): i for i in range(len(names)) if str(i) not in names}
+        unknown = [str(x) for x in classes if str(x) not in names]
+        if unknown:
+            raise FreeAnchorError(
+                f"The model has no class {shorten(unknown)}, only {shorten(self.class_names)}"
+            )
+        return [names[str(x)] for x in classes]
+
+    @torch.no_grad()
+    def _detect_only(self, classes: list[int]) -> None:
+        """Give all other classes score 0, so that they take no place among the detections."""
+        bias = self.model.head.cls_score.bias.view(-1, len(self.class_names))
+        others = [i for i in range(len(self.class_names)) if i not in classes]
+        bias[:, others] = -torch.inf
+
+
+class _Read(NamedTuple):
+    """An image that was read."""
+
+    image: str | Path | Image  # as given
+    pixels: Image
+    input: dict[str, Any]
+
+
+def _pixels(image: str | Path | Image) -> Image:
+    """(H, W, 3) uint8 BGR pixels."""
+    if isinstance(image, (str, Path)):
+        try:
+            return np.asarray(read_image(str(image), "BGR"))
+        except Exception as e:  # Pillow's decoders raise many kinds
+            raise DatasetError(f"{image} cannot be read: {e}") from e
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[2] != 3
+        or 0 in image.shape
+    ):
+        what = (
+            f"{image.dtype} array of shape {image.shape}"
+            if isinstance(image, np.ndarray)
+            else type(image).__name__
+        )
+        raise DatasetError(f"An image is a path or a (H, W, 3) uint8 array in BGR, not a {what}")
+    return image

@@ -1,0 +1,186 @@
+"""Detections in images, by a trained model."""
+
+import threading
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same
+from detectron2.engine import DefaultPredictor
+from freeanchor.checkpoint import read_checkpoint, write_checkpoint
+from freeanchor.config import read_config
+from freeanchor.deploy import Predictor
+from freeanchor.errors import DatasetError, FileError, FreeAnchorError
+
+
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_equals_detectron2(run_folder, images, input_format, tmp_path):
+    """Arrays and files give what Detectron2's DefaultPredictor gives, in both channel orders."""
+    options = ["INPUT.FORMAT", input_format]
+    predictor = Predictor(run_folder, confidence=0.05, device="cpu", options=options)
+    cfg = read_config(run_folder / "config.yaml")
+    cfg.merge_from_list(options)
+    cfg.MODEL.WEIGHTS = str(run_folder / "model_final.pth")
+    theirs = DefaultPredictor(cfg)
+    for i, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
+    from_arrays = predictor(images)
+    from_files = predictor([tmp_path / f"{i}.png" for i in range(len(images))])
+    assert sum(map(len, from_arrays)) > 20
+    for image, a, b in zip(images, from_arrays, from_files, strict=True):
+        assert_same(a, theirs(image)["instances"])
+        assert_same(b, a)
+
+
+def test_batches(run_folder, predictor, images):
+    """In a batch of any sizes, each image is detected as if it was alone."""
+    together = Predictor(run_folder, confidence=0.05, device="cpu", batch_size=4)(images)
+    for image, found in zip(images, together, strict=True):
+        assert_same(found, predictor([image])[0])
+
+
+def test_threads(predictor, images):
+    """Calls from several threads at once give each its own detections."""
+    expected = predictor(images)
+    found = {}
+
+    def work(i):
+        found[i] = predictor(images[i:] + images[:i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        for a, b in zip(found[i], expected[i:] + expected[:i], strict=True):
+            assert_same(a, b)
+
+
+def test_stream_is_bounded(run_folder, images):
+    """An endless stream is read no further ahead than the next batch."""
+    read = []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield images[0]
+
+    predictor = Predictor(run_folder, device="cpu", batch_size=2)
+    stream = predictor.stream(endless())
+    for count in range(1, 6):
+        given, pixels, _ = next(stream)
+        assert given is images[0]
+        assert pixels is images[0]
+        assert len(read) <= count + 4
+    stream.close()
+    assert len(read) < 12
+
+
+def test_confidence(run_folder, predictor, images):
+    """A higher confidence leaves the detections with higher scores, and changes nothing else."""
+    all_found = predictor(images)
+    confidence = torch.cat([x.scores for x in all_found]).median().item()
+    sure = Predictor(run_folder, confidence=confidence, device="cpu")(images)
+    for a, b in zip(all_found, sure, strict=True):
+        assert_same(a[a.scores > confidence], b)
+
+
+def test_classes(run_folder, predictor, images):
+    """Only the named classes are detected, and others take no place among the best 100."""
+    options = ["TEST.DETECTIONS_PER_IMAGE", "1000"]
+    everything = Predictor(run_folder, confidence=0.05, device="cpu", options=options)(images)
+    some = Predictor(run_folder, confidence=0.05, classes=["class 1", 2], device="cpu")(images)
+    for a, b in zip(everything, some, strict=True):
+        assert_same(a[a.pred_classes > 0][:100], b)
+    with pytest.raises(FreeAnchorError, match="no class bird, only class 0, class 1, class 2"):
+        Predictor(run_folder, classes=["bird"])
+
+
+def test_aug(run_folder, images):
+    """With one scale, that of the model, multi-scale testing detects the same."""
+    options = ["TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.MAX_SIZE", "96", "TEST.AUG.FLIP", "False"]
+    plain = Predictor(run_folder, confidence=0.05, device="cpu")(images)
+    augmented = Predictor(run_folder, confidence=0.05, device="cpu", aug=True, options=options)(
+        images
+    )
+    for a, b in zip(plain, augmented, strict=True):
+        assert_same(a, b)
+
+
+def test_sources(run_folder, predictor, images, tmp_path):
+    """The folder, its weights, config and weights, and a converted pair are the same model."""
+    cfg = read_config(run_folder / "config.yaml")
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    weights = read_checkpoint(str(run_folder / "model_final.pth"))["model"]
+    write_checkpoint(tmp_path / "mine.safetensors", weights, {})
+    expected = predictor(images[:1])[0]
+    for source, other in (
+        (str(run_folder), ""),
+        (run_folder / "model_final.pth", ""),
+        (run_folder / "config.yaml", run_folder / "model_final.pth"),
+        (tmp_path / "mine.safetensors", ""),
+        (cfg, str(tmp_path / "mine.safetensors")),
+    ):
+        assert_same(
+            Predictor(source, other, confidence=0.05, device="cpu")(images[:1])[0], expected
+        )
+
+
+def test_newest_weights(run_folder, tmp_path):
+    """Of a run's checkpoints the last is taken, and nothing outside its folder."""
+    (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    with pytest.raises(FileError, match="has saved no checkpoint"):
+        Predictor(tmp_path)
+    data = (run_folder / "model_final.pth").read_bytes()
+    (tmp_path / "model_0000001.pth").write_bytes(data)
+    (tmp_path / "last_checkpoint").write_text("../../model_0000001.pth")
+    assert str(tmp_path / "model_0000001.pth") == Predictor(tmp_path).cfg.MODEL.WEIGHTS
+    (tmp_path / "last_checkpoint").unlink()
+    (tmp_path / "model_final.pth").write_bytes(data)
+    assert str(tmp_path / "model_final.pth") == Predictor(tmp_path).cfg.MODEL.WEIGHTS
+
+
+def test_wrong_sources(run_folder, tmp_path):
+    """What is missing is named, with what to do."""
+    with pytest.raises(FileError, match="There is no nowhere: give the folder of a run"):
+        Predictor("nowhere")
+    with pytest.raises(FileError, match=r"has no config\.yaml"):
+        Predictor(tmp_path)
+    (tmp_path / "a.pth").write_bytes((run_folder / "model_final.pth").read_bytes())
+    with pytest.raises(FileError, match=r"neither a\.yaml nor config\.yaml"):
+        Predictor(tmp_path / "a.pth")
+    with pytest.raises(FileError, match="names no weights"):
+        Predictor(run_folder / "config.yaml")
+    with pytest.raises(FreeAnchorError, match="GeneralizedRCNN is no FreeAnchor"):
+        Predictor(run_folder, options=["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
+    with pytest.raises(FreeAnchorError, match="confidence"):
+        Predictor(run_folder, confidence=1.5)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 3]
+)
+def test_wrong_images(predictor, image):
+    """What is no BGR image is refused, and by default nothing is left out."""
+    with pytest.raises(DatasetError, match="a path or a"):
+        predictor([image])
+
+
+def test_unreadable_files(run_folder, images, tmp_path):
+    """An unreadable image is an error that names it, or is left out where one asks for that."""
+    (tmp_path / "bad.png").write_text("no image")
+    predictor = Predictor(run_folder, device="cpu", batch_size=3)
+    with pytest.raises(DatasetError, match=r"bad\.png cannot be read"):
+        predictor([tmp_path / "bad.png"])
+    errors = []
+    given = [images[0], tmp_path / "bad.png", tmp_path / "none.png", images[1], images[2]]
+    found = list(predictor.stream(given, errors.append))
+    assert [x[1].shape for x in found] == [x.shape for x in images[:3]]
+    assert len(errors) == 2
+
+
+def test_no_images(predictor):
+    """None in, none out."""
+    assert predictor([]) == []
