@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import add_dataset_argument, add_options_argument, one_sentence
+from .errors import FreeAnchorError
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +129,65 @@ def _anchors(args: argparse.Namespace) -> None:
     )
 
 
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands that use a trained model share."""
+    parser.add_argument(
+        "model",
+        help="OUTPUT_DIR of train_net.py, weights with their config beside them, a config with "
+        "MODEL.WEIGHTS, or a name in the model zoo",
+    )
+    parser.add_argument("--weights", default="", help="others than those that belong to the model")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="image or video files, folders, patterns with *, the number of a camera, or - for a "
+        "list of images on standard input",
+    )
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["pictures"],
+        choices=["pictures", "coco", "csv", "yolo"],
+        help="what to write: annotated pictures and videos, detections.json, detections.csv, "
+        "labels/*.txt (default: pictures)",
+    )
+    parser.add_argument("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="CLASS", help="only these, names or indices"
+    )
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
+    parser.add_argument("--aug", action="store_true", help="detect at the scales of TEST.AUG")
+    add_options_argument(parser, "the config of the model")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .deploy import Predictor, predict
+
+    def load() -> Predictor:
+        return Predictor(
+            args.model,
+            args.weights,
+            confidence=args.confidence,
+            classes=args.classes,
+            device=args.device,
+            batch_size=args.batch_size,
+            aug=args.aug,
+            options=args.opts,
+        )
+
+    unreadable = predict(load, args.sources, args.out, args.formats)
+    print(f"What was found is in {args.out}")
+    if unreadable:
+        raise FreeAnchorError(f"{unreadable} of the inputs could not be read, see above")
+
+
 _Command = tuple[
     str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
 ]
@@ -139,6 +199,7 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "report": ("put a run on one page, OUTPUT_DIR/report.html", _add_report, _report),
     "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
+    "predict": ("detect in images, videos and cameras", _add_predict, _predict),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }

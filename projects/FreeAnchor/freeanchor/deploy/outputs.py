@@ -1,0 +1,263 @@
+"""Where detections go: annotated pictures and videos, COCO json, CSV, YOLO text."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import matplotlib
+import numpy as np
+from detectron2.structures import Instances
+from detectron2.utils.colormap import colormap
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import FreeAnchorError
+
+__all__ = ["WRITERS", "Detected", "draw_boxes"]
+
+# What every OpenCV writes.
+_PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+
+
+class Detected(NamedTuple):
+    """What was found in an image.
+
+    Attributes:
+        name: file of the image or video.
+        pixels: (H, W, 3) uint8 BGR.
+        instances: the detections.
+        frame: its number in a video, from 0; -1 for a still image.
+        frame_rate: frames per second of a video.
+    """
+
+    name: str
+    pixels: NDArray[np.uint8]
+    instances: Instances
+    frame: int = -1
+    frame_rate: float = 0.0
+
+
+class _Names:
+    """Names of output files, one of its own for each input."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def of(self, source: str, suffix: str) -> str:
+        """The file name of an input with another suffix; numbered if it is taken."""
+        if source not in self._names:
+            stem, number = Path(source).stem, 1
+            name = f"{stem}{suffix}"
+            while name in self._taken:
+                number += 1
+                name = f"{stem}_{number}{suffix}"
+            self._taken.add(name)
+            self._names[source] = name
+        return self._names[source]
+
+
+class Writer(Protocol):
+    """Writes detections into a folder; a context, at whose end everything is there."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None: ...
+
+    def write(self, detected: Detected) -> None:
+        """Write the detections of an image."""
+
+    def __enter__(self) -> "Writer": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class _Base:
+    """What the writers share."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        self.folder, self.class_names = folder, class_names
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Pictures(_Base):
+    """`pictures/NAME`, and `pictures/NAME.mp4` of a video."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / "pictures", class_names)
+        self._names = _Names()
+        self._video: tuple[str, cv2.VideoWriter] | None = None
+
+    def write(self, detected: Detected) -> None:
+        """Write an annotated picture, or the next frame of a video."""
+        picture = draw_boxes(detected.pixels, detected.instances, self.class_names)
+        if detected.frame < 0:
+            suffix = Path(detected.name).suffix
+            suffix = suffix if suffix.lower() in _PICTURES else ".png"
+            target = self._target(detected.name, suffix)
+            if not cv2.imwrite(str(target), picture):
+                raise FreeAnchorError(f"{target} cannot be written")
+            return
+        if self._video is None or self._video[0] != detected.name:
+            self.__exit__()
+            target = self._target(detected.name, ".mp4")
+            size = picture.shape[1], picture.shape[0]
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            video = cv2.VideoWriter(str(target), code, detected.frame_rate, size)
+            if not video.isOpened():
+                raise FreeAnchorError(f"{target} cannot be written: OpenCV has no encoder for it")
+            self._video = detected.name, video
+        self._video[1].write(picture)
+
+    def _target(self, name: str, suffix: str) -> Path:
+        target = self.folder / self._names.of(name, suffix)
+        if target.resolve() == Path(name).resolve():
+            raise FreeAnchorError(f"{target} is an input: give another --out")
+        return target
+
+    def __exit__(self, *error: object) -> None:
+        """Finish a video."""
+        if self._video is not None:
+            self._video[1].release()
+            self._video = None
+
+
+class Coco(_Base):
+    """`detections.json` in COCO's annotation format with scores; classes are numbered from 1.
+
+    It is written as detections come, so that only the list of images is kept in memory.
+    """
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self._images: list[dict[str, Any]] = []
+        self._number = 0
+        self._unfinished = folder / "detections.json.tmp"
+        self._file = self._unfinished.open("w")
+        categories = [{"id": i, "name": name} for i, name in enumerate(class_names, start=1)]
+        self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
+
+    def write(self, detected: Detected) -> None:
+        """Write the detections of an image."""
+        height, width = detected.pixels.shape[:2]
+        image = {"id": len(self._images) + 1, "file_name": detected.name}
+        image |= {"width": width, "height": height}
+        self._images.append(image | ({"frame": detected.frame} if detected.frame >= 0 else {}))
+        for (x1, y1, x2, y2), score, index in _rows(detected.instances):
+            annotation = {
+                "id": self._number + 1,
+                "image_id": image["id"],
+                "category_id": index + 1,
+                "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
+                "area": round((x2 - x1) * (y2 - y1), 3),
+                "iscrowd": 0,
+                "score": round(score, 6),
+            }
+            self._file.write(",\n" * (self._number > 0) + json.dumps(annotation))
+            self._number += 1
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the file."""
+        self._file.write(f'],\n"images": {json.dumps(self._images)}}}\n')
+        self._file.close()
+        self._unfinished.replace(self.folder / "detections.json")
+
+
+class Csv(_Base):
+    """`detections.csv`, a line for each detection."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self._file = (folder / "detections.csv").open("w", newline="")
+        self._lines = csv.writer(self._file)
+        self._lines.writerow(["image", "frame", "class", "score", "x1", "y1", "x2", "y2"])
+
+    def write(self, detected: Detected) -> None:
+        """Write the detections of an image."""
+        frame = detected.frame if detected.frame >= 0 else ""
+        for box, score, index in _rows(detected.instances):
+            numbers = [f"{score:.6f}", *(f"{x:.3f}" for x in box)]
+            self._lines.writerow([detected.name, frame, self.class_names[index], *numbers])
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+class Yolo(_Base):
+    """`labels/NAME.txt`, with class, centre and size as shares of the image, and score."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / "labels", class_names)
+        self._names = _Names()
+        (folder / "classes.txt").write_text("".join(f"{x}\n" for x in class_names))
+
+    def write(self, detected: Detected) -> None:
+        """Write the detections of an image; no line where there is none."""
+        target = self.folder / self._names.of(detected.name, ".txt")
+        if detected.frame >= 0:
+            target = target.with_stem(f"{target.stem}_{detected.frame:06d}")
+        height, width = detected.pixels.shape[:2]
+        lines = []
+        for (x1, y1, x2, y2), score, index in _rows(detected.instances):
+            box = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width
+            numbers = (*box, (y2 - y1) / height, score)
+            lines.append(" ".join([str(index), *(f"{x:.6f}" for x in numbers)]) + "\n")
+        target.write_text("".join(lines))
+
+
+WRITERS: dict[str, type[Writer]] = {"pictures": Pictures, "coco": Coco, "csv": Csv, "yolo": Yolo}
+
+
+def _rows(instances: Instances) -> list[tuple[list[float], float, int]]:
+    """Box (x1, y1, x2, y2), score and class of each detection."""
+    columns = instances.pred_boxes.tensor, instances.scores, instances.pred_classes
+    return list(zip(*(x.tolist() for x in columns), strict=True))
+
+
+def draw_boxes(
+    pixels: NDArray[np.uint8], instances: Instances, class_names: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Draw detections with their classes and scores.
+
+    Args:
+        pixels: (H, W, 3) uint8 BGR; not changed.
+        instances: the detections.
+        class_names: names of the classes.
+
+    Returns:
+        (H, W, 3) uint8 BGR.
+    """
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+    draw = ImageDraw.Draw(image)
+    size = max(10, min(image.size) // 40)
+    font = ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size
+    )
+    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
+    for box, score, index in reversed(_rows(instances)):  # the surest on top
+        color = tuple(colors[index % len(colors)])
+        draw.rectangle(box, outline=color, width=max(1, size // 6))
+        label = f"{class_names[index]} {score:.0%}"
+        width = draw.textlength(label, font)
+        # Above the box where there is room, and always within the picture.
+        x = max(0.0, min(box[0], image.width - width))
+        y = box[1] - 1.2 * size if box[1] >= 1.2 * size else box[1]
+        draw.rectangle((x, y, x + width, y + 1.2 * size), fill=color)
+        ink = "black" if np.dot(color, (0.299, 0.587, 0.114)) > 128 else "white"
+        draw.text((x, y), label, ink, font)
+    drawn: NDArray[np.uint8] = np.asarray(image)[:, :, ::-1].copy()
+    return drawn

@@ -1,0 +1,229 @@
+"""`freeanchor predict`: sources in, files out."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from freeanchor.__main__ import main
+from freeanchor.deploy import draw_boxes, predict
+from freeanchor.deploy.outputs import WRITERS, Detected
+from freeanchor.deploy.sources import find_sources
+from freeanchor.errors import DatasetError
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    """Two images, one that is none, and a video of three frames."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), images[0])
+    cv2.imwrite(str(folder / "c.png"), images[1])
+    (folder / "notes.txt").write_text("not an image by its name")
+    write_video(folder / "v.avi", [images[0]] * 3)
+    return folder
+
+
+def write_video(path, frames):
+    """Without loss, so that its frames are the images."""
+    size = frames[0].shape[1], frames[0].shape[0]
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), 10, size)
+    assert video.isOpened()
+    for frame in frames:
+        video.write(frame)
+    video.release()
+
+
+def test_all_formats(run_folder, predictor, folder, images, tmp_path):
+    """Images and the frames of a video are detected alike, and every format says the same."""
+    out = tmp_path / "out"
+    main(
+        f"predict {run_folder} {folder} --out {out} --device cpu --confidence 0.05 --batch-size 2 "
+        "--formats pictures coco csv yolo".split()
+    )
+    expected = dict(zip("ac", predictor(images[:2]), strict=True))
+    coco = json.loads((out / "detections.json").read_text())
+    assert [x["name"] for x in coco["categories"]] == predictor.class_names
+    assert len({x["id"] for x in coco["annotations"]}) == len(coco["annotations"])
+    names = [str(folder / "a.png"), str(folder / "c.png"), *[str(folder / "v.avi")] * 3]
+    assert [x["file_name"] for x in coco["images"]] == names
+    assert [x.get("frame") for x in coco["images"]] == [None, None, 0, 1, 2]
+    with (out / "detections.csv").open(newline="") as f:
+        table = list(csv.DictReader(f))
+    assert len(table) == len(coco["annotations"])
+    labels = ["a.txt", "c.txt", "v_000000.txt", "v_000001.txt", "v_000002.txt"]
+    assert sorted(x.name for x in (out / "labels").iterdir()) == labels
+    assert (out / "classes.txt").read_text().split("\n")[:-1] == predictor.class_names
+    for image, label, truth in zip(coco["images"], labels, [*"ac", *"aaa"], strict=True):
+        width, height = image["width"], image["height"]
+        truth = expected[truth]
+        boxes, scores, classes = truth.pred_boxes.tensor, truth.scores, truth.pred_classes
+        assert truth.image_size == (height, width)
+        found = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
+        x, y, w, h = torch.tensor([x["bbox"] for x in found]).unbind(1)
+        torch.testing.assert_close(torch.stack([x, y, x + w, y + h], 1), boxes, atol=0.01, rtol=0)
+        assert [x["category_id"] - 1 for x in found] == classes.tolist()
+        rows = [
+            row
+            for row in table
+            if row["image"] == image["file_name"] and row["frame"] == str(image.get("frame", ""))
+        ]
+        of_csv = torch.tensor([[float(row[k]) for k in ("x1", "y1", "x2", "y2")] for row in rows])
+        torch.testing.assert_close(of_csv, boxes, atol=0.01, rtol=0)
+        assert [row["class"] for row in rows] == [predictor.class_names[i] for i in classes]
+        yolo = torch.tensor(np.loadtxt(out / "labels" / label, dtype=np.float32, ndmin=2))
+        center, size = yolo[:, 1:3], yolo[:, 3:5]
+        of_yolo = torch.cat([center - size / 2, center + size / 2], 1)
+        of_yolo *= torch.tensor([width, height, width, height])
+        torch.testing.assert_close(of_yolo, boxes, atol=0.01, rtol=0)
+        for column in (
+            [x["score"] for x in found],
+            [float(row["score"]) for row in rows],
+            yolo[:, 5].tolist(),
+        ):
+            torch.testing.assert_close(torch.tensor(column), scores, atol=1e-4, rtol=0)
+    picture = cv2.imread(str(out / "pictures" / "a.png"))
+    assert picture.shape == images[0].shape
+    assert (picture != images[0]).any()
+    video = cv2.VideoCapture(str(out / "pictures" / "v.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert video.get(cv2.CAP_PROP_FPS) == 10
+
+
+def test_unreadable_inputs(run_folder, folder, tmp_path, capsys):
+    """Each is reported, all else is detected, and the status is 1."""
+    (folder / "b.png").write_text("no image")
+    (folder / "w.mp4").write_text("no video")
+    out = tmp_path / "out"
+    arguments = f"predict {run_folder} {folder} --out {out} --device cpu --formats coco".split()
+    with pytest.raises(SystemExit, match="2 of the inputs could not be read"):
+        main(arguments)
+    printed = capsys.readouterr().out
+    assert "b.png cannot be read" in printed
+    assert "w.mp4 cannot be read" in printed
+    coco = json.loads((out / "detections.json").read_text())
+    assert len(coco["images"]) == 5
+
+
+def test_standard_input(run_folder, folder, tmp_path):
+    """Names come from there too, and the status of the process tells that one was unreadable."""
+    done = subprocess.run(
+        [sys.executable, "-m", "freeanchor", "predict", str(run_folder), "-", "--device=cpu"],
+        input=f"{folder / 'gone.png'}\n{folder / 'a.png'}\n",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "gone.png cannot be read" in done.stdout
+    assert (tmp_path / "predictions" / "pictures" / "a.png").is_file()
+
+
+def test_missing_sources(folder, tmp_path):
+    """What is not there ends the command before the model is loaded."""
+    (tmp_path / "empty").mkdir()
+    for source, message in (
+        (tmp_path / "none.jpg", "There is no image"),
+        (tmp_path / "*.jpg", "There is no image"),
+        (tmp_path / "empty", "a folder without images"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            predict(lambda: pytest.fail("loaded"), [str(folder), str(source)], tmp_path, ["csv"])
+
+
+def test_kinds_of_sources(folder, monkeypatch):
+    """Files, folders, patterns and lists give their images in order, videos come after."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x.png\n\ny.png\n"))
+    sources = [str(folder / "v.avi"), str(folder / "[ab].png"), "-", str(folder)]
+    stills, *videos = find_sources(sources, pytest.fail)
+    a, c = str(folder / "a.png"), str(folder / "c.png")
+    assert list(stills.images) == [a, a, c, "x.png", "y.png"]
+    assert [(x.name, x.length, len(list(x.images))) for x in videos] == [
+        (str(folder / "v.avi"), 3, 3)
+    ] * 2
+
+
+def test_camera(monkeypatch):
+    """A number is a camera, of unknown length."""
+    opened = []
+
+    class Camera:
+        def __init__(self, source):
+            opened.append(source)
+            self.left = 2
+
+        def get(self, _):
+            return -1.0
+
+        def read(self):
+            self.left -= 1
+            return self.left >= 0, np.zeros((4, 4, 3), np.uint8)
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    (camera,) = find_sources(["0"], pytest.fail)
+    assert camera.length is None
+    assert camera.frame_rate > 0
+    assert len(list(camera.images)) == 2
+    assert set(opened) == {0}
+
+
+def test_cut_off_video(folder, monkeypatch):
+    """A video that ends long before its container says is reported."""
+    errors = []
+    get = cv2.VideoCapture.get
+    monkeypatch.setattr(cv2.VideoCapture, "get", lambda self, key: 4 * get(self, key))
+    (video,) = find_sources([str(folder / "v.avi")], errors.append)
+    assert len(list(video.images)) == 3
+    assert "ends after 3 of 12 frames" in str(errors[0])
+
+
+def some_instances(box=(2.0, 3.0, 20.0, 30.0)):
+    return Instances(
+        (48, 64),
+        pred_boxes=Boxes(torch.tensor([box])),
+        scores=torch.tensor([0.75]),
+        pred_classes=torch.tensor([0]),
+    )
+
+
+@pytest.mark.parametrize("kind", ["pictures", "yolo"])
+def test_equal_names(kind, tmp_path):
+    """Images of one name in different folders do not overwrite each other."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    with WRITERS[kind](tmp_path, ["cell"]) as writer:
+        for name in ("a/x.png", "b/x.png", "b/x_2.png", "c/x.webp"):
+            writer.write(Detected(name, image, some_instances()))
+    assert len(list(tmp_path.rglob("x*"))) == 4
+
+
+def test_inputs_are_not_overwritten(images, tmp_path):
+    """Not even where they lie in the folder of the pictures."""
+    (tmp_path / "pictures").mkdir()
+    path = tmp_path / "pictures" / "a.png"
+    cv2.imwrite(str(path), images[0])
+    with (
+        WRITERS["pictures"](tmp_path, ["cell"]) as writer,
+        pytest.raises(Exception, match="is an input"),
+    ):
+        writer.write(Detected(str(path), images[0], some_instances()))
+    assert (cv2.imread(str(path)) == images[0]).all()
+
+
+@pytest.mark.parametrize("box", [(0, 0, 64, 48), (60, 40, 64, 48), (2, 3, 20, 30)])
+def test_drawing(box):
+    """Only the box and its label are drawn, within the picture and not on the input."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    drawn = draw_boxes(image, some_instances(tuple(map(float, box))), ["Zelle ä"])
+    assert drawn.shape == image.shape
+    assert not image.any()
+    assert drawn.any()
