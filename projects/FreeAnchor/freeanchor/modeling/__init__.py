@@ -2,7 +2,7 @@
 
 from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
-from .inference import candidates, dense_detector
+from .inference import candidates, dense_detector, detect
 from .meta_arch import FreeAnchor, Matching
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
@@ -17,4 +17,5 @@ __all__ = [
     "build_timm_fpn_backbone",
     "candidates",
     "dense_detector",
+    "detect",
 ]

@@ -16,6 +16,7 @@ from ..layers.losses import bag_logit, positive_bag_loss
 from ..layers.matching import encode_boxes, matched_log_probability
 from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
+from .inference import detect
 
 __all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
 
@@ -58,8 +59,8 @@ class _Bags(NamedTuple):
 class FreeAnchor(RetinaNet):
     """FreeAnchor (NeurIPS 2019): RetinaNet with learned anchor matching.
 
-    Backbone, head, anchors and inference are Detectron2's RetinaNet, so its checkpoints load and
-    detect as before. Anchor labelling and losses are replaced.
+    Backbone, head and anchors are Detectron2's RetinaNet, so its checkpoints load and detect as
+    before. Anchor labelling and losses are replaced, and detections are found faster.
     """
 
     @configurable
@@ -142,6 +143,12 @@ class FreeAnchor(RetinaNet):
         )
         anchors = self.anchor_generator(features)
         return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        """Detect, see :func:`freeanchor.modeling.detect`."""
+        return detect(self, features, predictions, images.image_sizes)
 
     def losses(
         self,
