@@ -7,27 +7,20 @@ needs: --help answers at once.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .command_line import add_dataset_argument, add_options_argument, one_sentence
 from .errors import FreeAnchorError
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     """What the commands that look at a finished run share."""
-    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     add_dataset_argument(parser)
     add_options_argument(parser, "the config of the run")
 
 
-def _read_run(args: argparse.Namespace) -> Any:
-    from .visualization import read_run
-
-    return read_run(args.output_dir, args.dataset, args.opts)
-
-
 def _add_visualize(parser: argparse.ArgumentParser) -> None:
-    _add_run_arguments(parser)
+    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
+    _add_run_options(parser)
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--score-thresh", type=float, default=0.7)
     parser.add_argument(
@@ -40,9 +33,9 @@ def _add_visualize(parser: argparse.ArgumentParser) -> None:
 
 
 def _visualize(args: argparse.Namespace) -> None:
-    from .visualization import write_pictures
+    from .visualization import read_run, write_pictures
 
-    cfg = _read_run(args)
+    cfg = read_run(args.output_dir, args.dataset, args.opts)
     checkpoints = args.checkpoints
     if checkpoints is None:
         is_there = (args.output_dir / "model_final.pth").is_file()
@@ -56,15 +49,21 @@ def _visualize(args: argparse.Namespace) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    _add_run_arguments(parser)
-    parser.add_argument("--num-images", type=int, default=4)
+    parser.add_argument(
+        "output_dirs", type=Path, nargs="+", metavar="output_dir", help="OUTPUT_DIR of one or two"
+    )
+    _add_run_options(parser)
+    parser.add_argument("--num-images", type=int, default=50, help="on the page (default: 50)")
     parser.add_argument("--score-thresh", type=float, default=0.5)
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .visualization import write_report
+    from .visualization import read_run, write_report
 
-    print(f"The report is {write_report(_read_run(args), args.num_images, args.score_thresh)}")
+    if len(args.output_dirs) > 2:
+        raise FreeAnchorError(f"one or two runs fit on a page, not {len(args.output_dirs)}")
+    cfgs = [read_run(path, args.dataset, args.opts) for path in args.output_dirs]
+    print(f"The report is {write_report(cfgs, args.num_images, args.score_thresh)}")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +196,11 @@ _COMMANDS: dict[str, _Command] = {
         _add_visualize,
         _visualize,
     ),
-    "report": ("put a run on one page, OUTPUT_DIR/report.html", _add_report, _report),
+    "report": (
+        "put a run, or two side by side, on one page, OUTPUT_DIR/report.html",
+        _add_report,
+        _report,
+    ),
     "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
     "predict": ("detect in images, videos and cameras", _add_predict, _predict),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),

@@ -6,7 +6,7 @@ bag of each object at one or several checkpoints, beside what RetinaNet would ha
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from .runs import read_detections, read_metrics
 
 __all__ = ["choose", "match_images", "write_pictures"]
 
+_T = TypeVar("_T")
 
-def choose(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+
+def choose(records: list[_T], count: int) -> list[_T]:
     """Pick `count` records, spread evenly."""
     chosen = np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int)
     return [records[i] for i in chosen]

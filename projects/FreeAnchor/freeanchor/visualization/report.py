@@ -1,245 +1,217 @@
-"""A run on one page: `freeanchor report OUTPUT_DIR` writes OUTPUT_DIR/report.html.
+"""Runs on one page: `freeanchor report OUTPUT_DIR [OUTPUT_DIR]` writes OUTPUT_DIR/report.html.
 
 The page holds its pictures, needs no network and can be sent as it is. It reads what `train_net.py`
-wrote; for the matching, the model is run on a few images.
+wrote; for the bags, the model is run on the images that are shown.
 """
 
-import base64
 import html
-import io
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
+from ..errors import FileError
 from ..evaluation import ASPECT_RATIOS, CROWDING
-from .drawing import class_index, draw_curves, draw_detections, draw_matching, to_image
-from .pictures import choose, match_images
-from .runs import read_detections, read_metrics
+from .charts import COLORS, Line, confusion_table, line_chart, number, table
+from .gallery import gallery
+from .outcomes import confusion, precision_recall
+from .page import VIEWER, make_page, read_asset
+from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics
 
-__all__ = ["image_f1", "write_report"]
+__all__ = ["write_report"]
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
-figure { margin: 0 0 1rem; } figcaption { font-size: .85rem; opacity: .75; }
-.grid { display: grid; gap: 1rem; }
-.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-.figures { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
-.figures b { display: block; font-size: 1.6rem; }
-pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-radius: 4px; }
-"""
-_F1_SCORE = 0.5
-_F1_IOU = 0.5
-
-
-def image_f1(record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any) -> float:
-    """F1 of the detections of an image: score at least 0.5, IoU at least 0.5, of the right class.
-
-    Args:
-        record: the image in Detectron2's standard format.
-        detections: its detections in COCO's result format.
-        metadata: of the data set, with its `thing_dataset_id_to_contiguous_id`.
-
-    Returns:
-        2 TP / (2 TP + FP + FN) in [0, 1]; 1 where there is neither object nor detection.
-    """
-    objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd")]
-    found = sorted(
-        (d for d in detections if d["score"] >= _F1_SCORE), key=lambda d: d["score"], reverse=True
-    )
-    truth = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
-    boxes = [BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for d in found]
-    iou = pairwise_iou(Boxes(boxes), Boxes(truth)).numpy() if boxes and truth else np.zeros((0, 0))
-    free = np.ones(len(objects), dtype=bool)
-    hits = 0
-    for detection, row in zip(found, iou):
-        label = class_index(metadata, detection["category_id"])
-        fits = free & (row >= _F1_IOU) & np.array([a["category_id"] == label for a in objects])
-        if fits.any():
-            free[np.where(fits, row, -1).argmax()] = False
-            hits += 1
-    total = len(found) + len(objects)
-    return 2 * hits / total if total else 1.0
+_PICTURE_BYTES = 3_300_000  # of all pictures together: the page has 5 MB at most for 50 of them
+_LEAST_PICTURE_BYTES = 25_000
+_CURVES = (
+    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
+    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
+    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
+)
+_FIGURES = (
+    ("AP", "bbox/AP"),
+    ("AP50", "bbox/AP50"),
+    ("AP75", "bbox/AP75"),
+    ("NMS recall", "nms_recall/NR"),
+    ("AP, several scales", "bbox_TTA/AP"),
+)
+_CURVE_CLASSES = 8  # as many get a line of their own
 
 
-def _figure(image: NDArray[Any] | Figure, caption: str = "") -> str:
-    pixels = Image.fromarray(to_image(image) if isinstance(image, Figure) else image)
-    content = io.BytesIO()
-    if isinstance(image, Figure):
-        pixels.save(content, "PNG", optimize=True)
-    else:
-        pixels.save(content, "JPEG", quality=85)
-    kind = "png" if isinstance(image, Figure) else "jpeg"
-    data = base64.b64encode(content.getvalue()).decode()
-    text = html.escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(x)}</th>" for x in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
-
-
-def _draw_ap(evaluated: list[dict[str, float]], prefix: str) -> Figure:
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name in ("AP", "AP50", "AP75"):
-        values = [(r["iteration"], r[f"{prefix}/{name}"]) for r in evaluated]
-        axes.plot(*zip(*values), marker="o", label=name)
-    axes.set(title="AP", xlabel="iteration", ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def _scores(metrics: list[dict[str, float]], name: str, num_datasets: int) -> list[str]:
-    """The figures of one data set, from the last evaluation, and AP over time."""
-    # Detectron2 puts the name of the data set in front where there are several.
-    prefix = f"{name}/" if num_datasets > 1 else ""
-    evaluated = [r for r in metrics if f"{prefix}bbox/AP" in r]
-    if not evaluated:
-        if not _has_truth(DatasetCatalog.get(name)):
-            return ["<p>The data set has no ground truth, so there are no figures.</p>"]
+def _scores(runs: Sequence[Run], data: Dataset) -> list[str]:
+    """The figures of the last evaluations, and AP over time."""
+    evaluated = [run.evaluated(data.name) for run in runs]
+    if not data.has_truth:
+        return ["<p>The data set has no ground truth, so there are no figures.</p>"]
+    if not any(evaluated):
         return ["<p>The run was not evaluated while it trained.</p>"]
-    last = {k.removeprefix(prefix): v for k, v in evaluated[-1].items() if k.startswith(prefix)}
-    big = [
-        (label, last.get(key))
-        for label, key in (
-            ("AP", "bbox/AP"),
-            ("AP50", "bbox/AP50"),
-            ("AP75", "bbox/AP75"),
-            ("NMS recall", "nms_recall/NR"),
-            ("AP, several scales", "bbox_TTA/AP"),
-        )
-        if key in last
-    ]
+    last = [r[-1] if r else {} for r in evaluated]
     parts = ['<div class="figures">']
-    parts += [f"<div>{label}<b>{_number(value)}</b></div>" for label, value in big]
+    for label, key in _FIGURES:
+        if any(key in r for r in last):
+            values = [f"<b>{number(last[0].get(key))}</b>"]
+            values += [f'<b class="second">{number(r.get(key))}</b>' for r in last[1:]]
+            parts.append(f"<div>{label}{''.join(values)}</div>")
     parts.append('</div><div class="grid">')
-    if len(evaluated) > 1:
-        parts.append(_figure(_draw_ap(evaluated, f"{prefix}bbox"), "AP over time"))
+    names = [run.name for run in runs] if len(runs) > 1 else [""]
+
+    def add(title: str, keys: Sequence[tuple[str, Sequence[str]]], metrics: Sequence[str]) -> None:
+        """A table with a row for each (label, keys of its metrics) and columns for each run."""
+        rows = [
+            [label, *(number(r.get(k)) for k in row_keys for r in last)]
+            for label, row_keys in keys
+            if any(k in r for k in row_keys for r in last)
+        ]
+        if rows:
+            columns = [f"{metric} {name}".strip() for metric in metrics for name in names]
+            parts.append(table([title, *columns], rows))
+
     for title, task, ranges in (
         ("Longer over shorter side", "aspect_ratio", ASPECT_RATIOS),
         ("Crowding", "crowding", CROWDING),
     ):
-        rows = [
-            [label, *(_number(last[f"{task}/{metric}{label}"]) for metric in ("AP", "AR"))]
-            for label, _ in ranges
-            if f"{task}/AP{label}" in last
-        ]
-        if rows:  # evaluated by an evaluator that has them
-            parts.append(_table([title, "AP", "AR"], rows))
-    classes = sorted(
-        ((k.removeprefix("bbox/AP-"), v) for k, v in last.items() if k.startswith("bbox/AP-")),
-        key=lambda x: (math.isnan(x[1]), -x[1]),
-    )
-    if classes:
-        parts.append(_table(["class", "AP"], [[k, _number(v)] for k, v in classes]))
+        limits = [(label, [f"{task}/{m}{label}" for m in ("AP", "AR")]) for label, _ in ranges]
+        add(title, limits, ("AP", "AR"))
+    classes = {k: v for r in reversed(last) for k, v in r.items() if k.startswith("bbox/AP-")}
+    by_ap = sorted(classes, key=lambda k: (np.isnan(classes[k]), -classes[k]))
+    add("class", [(k.removeprefix("bbox/AP-"), [k]) for k in by_ap], ("AP",))
+    lines = [
+        Line(
+            f"{metric} {name}".strip(),
+            [r["iteration"] for r in mine],
+            [r[f"bbox/{metric}"] for r in mine],
+            COLORS[i],
+            is_dashed=run > 0,
+        )
+        for run, (name, mine) in enumerate(zip(names, evaluated))
+        for i, metric in enumerate(("AP", "AP50", "AP75"))
+        if len(mine) > 1
+    ]
+    if lines:
+        parts.append(line_chart("AP over time", lines, "iteration", (0, 100)))
     return [*parts, "</div>"]
 
 
-def _has_truth(records: list[dict[str, Any]]) -> bool:
-    return any(not a.get("iscrowd") for r in records for a in r.get("annotations", ()))
+def _errors(runs: Sequence[Run], data: Dataset, score_thresh: float) -> list[str]:
+    """Precision-recall by class and confusion, of all images."""
+    parts = ['<h3>Precision and recall</h3><div class="grid">']
+    recalls = np.linspace(0, 1, 101)
+    for i, run in enumerate(runs):
+        curves = precision_recall(data.judged(i, 0), len(data.classes))
+        has_objects = [c for c in range(len(data.classes)) if not np.isnan(curves[c]).any()]
+        are_many = len(has_objects) > _CURVE_CLASSES
+        lines = [
+            Line(
+                "" if are_many else data.classes[c],
+                recalls,
+                curves[c],
+                "#8886" if are_many else COLORS[c % len(COLORS)],
+                width=1 if are_many else 2,
+                note=f"AP50 {number(100 * curves[c].mean())}",
+            )
+            for c in has_objects
+        ]
+        if are_many:
+            mean = np.mean([curves[c] for c in has_objects], axis=0)
+            note = f"AP50 {number(100 * mean.mean())}"
+            lines.append(Line("mean of the classes", recalls, mean, COLORS[0], width=3, note=note))
+        title = f"IoU {MIN_IOU}{f', {run.name}' if len(runs) > 1 else ''}"
+        if lines:
+            parts.append(line_chart(f"Precision over recall, {title}", lines, "recall", (0, 1)))
+        if are_many:
+            by_ap = sorted(has_objects, key=(-curves.mean(axis=1)).__getitem__)
+            rows = [[data.classes[c], number(100 * curves[c].mean())] for c in by_ap]
+            parts.append(table([f"class, {title}", "AP50"], rows))
+    parts.append('</div><h3>Confusion</h3><div class="grid">')
+    for i, run in enumerate(runs):
+        counts = confusion(data.judged(i, score_thresh), len(data.classes))
+        caption = f"{run.name}: objects, and what they were detected as with a score of "
+        caption += f"{score_thresh:g} and an IoU of {MIN_IOU}."
+        parts.append(confusion_table(counts, data.classes, caption))
+    return [*parts, "</div>"]
 
 
-def _images(cfg: CfgNode, name: str, num_images: int, score_thresh: float) -> list[str]:
-    """Detections beside ground truth, the best and the worst images, and the matching."""
-    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-    detections = read_detections(cfg, name, records)
-    groups = [("Some images", choose(records, num_images))]
-    score: dict[Any, float] = {}
-    if _has_truth(records):
-        score = {r["image_id"]: image_f1(r, detections[r["image_id"]], metadata) for r in records}
-        by_score = sorted(records, key=lambda r: -score[r["image_id"]])
-        groups.append(("Best images", by_score[:num_images]))
-        groups.append(("Worst images", by_score[::-1][:num_images]))
-    parts = []
-    for title, chosen in groups:
-        parts.append(
-            f"<h2>{title}</h2><p>{'Ground truth' if score else 'The image'} left or above, "
-            'detections right or below.</p><div class="grid">'
-        )
-        for record in chosen:
-            drawn = draw_detections(record, detections[record["image_id"]], metadata, score_thresh)
-            caption = Path(record["file_name"]).name
-            if score:
-                caption += f": F1 {score[record['image_id']]:.2f}"
-            parts.append(_figure(drawn, caption))
-        parts.append("</div>")
-    model = Path(cfg.OUTPUT_DIR) / "model_final.pth"
-    with_objects = [r for r in records if r.get("annotations")]
-    if with_objects and model.is_file() and cfg.MODEL.META_ARCHITECTURE == "FreeAnchor":
-        parts.append(
-            "<h2>Matching</h2><p>The bags of objects (red), coloured by the matched probability of "
-            "their anchors, beside what RetinaNet would assign by IoU.</p><div class='grid'>"
-        )
-        chosen = choose(with_objects, num_images)
-        for record, (image, matchings) in zip(chosen, match_images(cfg, [str(model)], chosen)):
-            if matchings:
-                figure = draw_matching(image, matchings, max_objects=3)
-                parts.append(_figure(figure, Path(record["file_name"]).name))
-        parts.append("</div>")
+def _training(runs: Sequence[Run]) -> list[str]:
+    """The losses and what FreeAnchor logs of its matching, over the iterations."""
+    parts = ['<h2>Training</h2><div class="grid">']
+    for title, keys in _CURVES:
+        lines = []
+        for i, run in enumerate(runs):
+            for color, key in zip(COLORS, keys):
+                logged = [r for r in run.metrics if key in r]
+                name = key.split("/")[-1] + (f", {run.name}" if len(runs) > 1 else "")
+                x, y = [r["iteration"] for r in logged], [r[key] for r in logged]
+                lines += [Line(name, x, y, color, is_dashed=i > 0)] if logged else []
+        if lines:
+            parts.append(line_chart(title, lines, "iteration"))
+    return [*parts, "</div>"]
+
+
+def _configs(runs: Sequence[Run]) -> list[str]:
+    parts = ["<h2>Config</h2>"]
+    if len(runs) > 1:
+        dumps = [run.cfg.dump().splitlines() for run in runs]
+        for run, mine, others in zip(runs, dumps, dumps[::-1]):
+            text = html.escape("\n".join(line for line in mine if line not in others))
+            parts.append(f"<p>Only in {html.escape(run.name)}:</p><pre>{text}</pre>")
+    for run in runs:
+        name = f" of {html.escape(run.name)}" if len(runs) > 1 else ""
+        text = html.escape(run.cfg.dump())
+        parts.append(f"<details><summary>All keys{name}</summary><pre>{text}</pre></details>")
     return parts
 
 
-def write_report(cfg: CfgNode, num_images: int, score_thresh: float) -> Path:
-    """Write the report of the run in `cfg.OUTPUT_DIR`.
+def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float) -> Path:
+    """Write the report of a run, or of two side by side, into the folder of the first.
 
     Args:
-        cfg: config of the run; its data sets are registered.
-        num_images: images of each kind, for each data set of `cfg.DATASETS.TEST`.
-        score_thresh: detections below it are not drawn.
+        cfgs: config of each run, one or two; their data sets are registered.
+        num_images: images on the page. With up to 50 it has at most 5 MB.
+        score_thresh: where the slider of the score begins, and the score of the confusion table.
 
     Returns:
         The page.
 
     Raises:
-        FileError: the checkpoint of the run cannot be read.
+        FileError: the checkpoint of a run cannot be read, or two runs were evaluated on different
+            data sets.
     """
-    output_dir = Path(cfg.OUTPUT_DIR)
-    metrics = read_metrics(output_dir / "metrics.json")
-    title = f"{cfg.MODEL.META_ARCHITECTURE}, {output_dir.resolve().name}"
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>",
-        f"<p>{len(metrics) and int(metrics[-1]['iteration'])} iterations of "
-        f"{cfg.SOLVER.IMS_PER_BATCH} images.</p>",
+    folders = [Path(cfg.OUTPUT_DIR).resolve() for cfg in cfgs]
+    are_alike = len({folder.name for folder in folders}) < len(folders)
+    runs = [
+        Run(str(folder) if are_alike else folder.name, cfg, read_metrics(folder / "metrics.json"))
+        for folder, cfg in zip(folders, cfgs)
     ]
-    for name in cfg.DATASETS.TEST:
+    first = runs[0].cfg
+    for run in runs[1:]:
+        if run.cfg.DATASETS.TEST != first.DATASETS.TEST:
+            raise FileError(
+                f"{run.name} was evaluated on {', '.join(run.cfg.DATASETS.TEST)} and "
+                f"{runs[0].name} on {', '.join(first.DATASETS.TEST)}: evaluate both on the same"
+            )
+    title = " and ".join(run.name for run in runs)
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for run in runs:
+        iterations = int(run.metrics[-1]["iteration"]) if run.metrics else 0
+        parts.append(
+            f"<p>{html.escape(run.name)}: {run.cfg.MODEL.META_ARCHITECTURE}, {iterations} "
+            f"iterations of {run.cfg.SOLVER.IMS_PER_BATCH} images.</p>"
+        )
+    names = first.DATASETS.TEST
+    count = -(-num_images // max(1, len(names)))
+    max_bytes = max(_PICTURE_BYTES, _LEAST_PICTURE_BYTES * num_images) // max(1, len(names))
+    for name in names:
+        data = read_dataset(runs, name)
         parts.append(f"<h2>{html.escape(name)}</h2>")
-        parts += _scores(metrics, name, len(cfg.DATASETS.TEST))
-    parts.append(f"<h2>Training</h2>{_figure(draw_curves(metrics), 'Losses and likelihood')}")
-    for name in cfg.DATASETS.TEST:
-        parts += _images(cfg, name, num_images, score_thresh)
-    parts.append(
-        f"<h2>Config</h2><details><summary>All keys</summary><pre>{html.escape(cfg.dump())}"
-    )
-    parts.append("</pre></details></html>")
-    path = output_dir / "report.html"
-    path.write_text("\n".join(parts), encoding="utf-8", errors="xmlcharrefreplace")
+        parts += _scores(runs, data)
+        if data.has_truth:
+            parts += _errors(runs, data, score_thresh)
+        parts += gallery(runs, data, count, max_bytes, score_thresh)
+    parts += [*_training(runs), *_configs(runs)]
+    styles = [read_asset("viewer.css"), read_asset("report.css")]
+    scripts = [read_asset(name) for name in (*VIEWER, "report.js")]
+    path = folders[0] / "report.html"
+    text = make_page(title, "\n".join(parts), styles, scripts)
+    # Names may hold what is no character.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

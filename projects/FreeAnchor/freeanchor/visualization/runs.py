@@ -3,17 +3,29 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from numpy.typing import NDArray
 
 from ..config import merge_options, read_config
 from ..data import register_datasets
 from ..errors import FileError
 from ..paths import file_stem
+from .outcomes import found_rows, outcomes, truth_rows
 
-__all__ = ["read_detections", "read_metrics", "read_run"]
+__all__ = [
+    "MIN_IOU",
+    "Dataset",
+    "Run",
+    "read_dataset",
+    "read_detections",
+    "read_metrics",
+    "read_run",
+]
+
+MIN_IOU = 0.5  # of a hit
 
 
 def read_run(
@@ -88,3 +100,59 @@ def read_detections(
 
 def _results_file(cfg: CfgNode, name: str) -> Path:
     return Path(cfg.OUTPUT_DIR) / "inference" / file_stem(name) / "coco_instances_results.json"
+
+
+class Run(NamedTuple):
+    """A run of a report: what it is called there, its config, and what it logged."""
+
+    name: str
+    cfg: CfgNode
+    metrics: list[dict[str, float]]
+
+    def evaluated(self, dataset: str) -> list[dict[str, float]]:
+        """The evaluations on a data set, with the names that its figures have alone."""
+        # Detectron2 puts the name of the data set in front where there are several.
+        prefix = f"{dataset}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
+        return [
+            {k.removeprefix(prefix): v for k, v in r.items() if k.startswith(prefix)}
+            | {"iteration": r["iteration"]}
+            for r in self.metrics
+            if f"{prefix}bbox/AP" in r
+        ]
+
+
+class Dataset(NamedTuple):
+    """A data set, and the detections of each run: lists have an entry for each image."""
+
+    name: str
+    classes: list[str]
+    records: list[dict[str, Any]]
+    truth: list[NDArray[Any] | None]
+    found: list[list[NDArray[Any]]]  # of each run
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether there is anything to be found."""
+        return all(truth is not None for truth in self.truth)
+
+    def judged(self, run: int, min_score: float) -> list[Any]:
+        """Detections, objects and outcomes of the images, none where there is no truth."""
+        result = []
+        for found, truth in zip(self.found[run], self.truth):
+            if truth is not None:
+                found = found[found[:, 5] >= min_score]
+                result.append((found, truth, outcomes(found, truth, MIN_IOU)))
+        return result
+
+
+def read_dataset(runs: Sequence[Run], name: str) -> Dataset:
+    """Read a data set, and what each run detected in it."""
+    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    found = []
+    for run in runs:
+        detections = read_detections(run.cfg, name, records)
+        found.append([found_rows(detections[r["image_id"]], metadata) for r in records])
+    truth = [truth_rows(record) for record in records]  # of all images, or of none
+    if not any(rows is not None and (rows[:, 5] == 0).any() for rows in truth):
+        truth = [None] * len(records)  # crowds alone are no ground truth
+    return Dataset(name, list(metadata.thing_classes), records, truth, found)

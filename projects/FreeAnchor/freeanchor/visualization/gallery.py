@@ -1,0 +1,126 @@
+"""Images of a data set with what runs detected in them, for the viewer of a report."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from numpy.typing import NDArray
+
+from ..modeling import Matching
+from .outcomes import FALSE_POSITIVES, count_errors
+from .page import data_element, encode_picture
+from .pictures import choose, match_images
+from .runs import Dataset, Run
+
+__all__ = ["gallery"]
+
+_BAG_BYTES = 1_000_000  # about, of all bags
+_BAG_IMAGES = 24  # the model runs on as many
+_MIN_SCORE = 0.05  # of the detections that the pictures can show
+
+
+def _choose_images(data: Dataset, num_images: int, score_thresh: float) -> list[int]:
+    """Some images of every kind: spread evenly, the best, and those with the most errors."""
+    everything = list(range(len(data.records)))
+    orders = [choose(everything, num_images)]
+    if data.has_truth:
+        judged = data.judged(0, score_thresh)
+        counts = [count_errors(result) for _, _, result in judged]
+        orders.append(sorted(everything, key=[-c["f1"] for c in counts].__getitem__))
+        for kind in ("miss", *FALSE_POSITIVES):
+            with_errors = [i for i in everything if counts[i][kind]]
+            orders.append(sorted(with_errors, key=[-c[kind] for c in counts].__getitem__))
+    orders.append(everything)
+    chosen: dict[int, None] = {}
+    for rank in range(len(everything)):
+        for order in orders:
+            if rank < len(order) and len(chosen) < num_images:
+                chosen[order[rank]] = None
+    return list(chosen)
+
+
+def _bags(run: Run, data: Dataset, chosen: list[int], max_bytes: int) -> dict[int, Any]:
+    """The bags of the objects of the first images, by the numbers of image and object."""
+    model = Path(run.cfg.OUTPUT_DIR) / "model_final.pth"
+    if not model.is_file() or run.cfg.MODEL.META_ARCHITECTURE != "FreeAnchor":
+        return {}
+    bags: dict[int, Any] = {}
+    size = 0
+    with_objects = [i for i in chosen if data.truth[i] is not None][:_BAG_IMAGES]
+    records = [data.records[i] for i in with_objects]
+    for i, (pixels, matchings) in zip(with_objects, match_images(run.cfg, [str(model)], records)):
+        truth = data.truth[i]
+        if truth is not None and matchings and size <= max_bytes:
+            (matching,) = matchings.values()
+            scale = data.records[i]["width"] / pixels.shape[1]
+            bags[i] = _bags_of_image(matching, truth, scale)
+            size += len(str(bags[i]))
+    return bags
+
+
+def _bags_of_image(matching: Matching, truth: NDArray[Any], scale: float) -> dict[int, Any]:
+    """By the number of each object [anchors, assigned]: rows of a box and its P or IoU."""
+
+    def rows(boxes: Any, values: Any) -> list[list[float]]:
+        return [
+            [*map(round, box), float(f"{value:.2g}")]
+            for box, value in zip((boxes * scale).tolist(), values.tolist())
+        ]
+
+    bags = {}
+    for m, box in enumerate((matching.boxes * scale).cpu().numpy()):
+        # Training leaves some objects out, so that theirs is not their number.
+        distance = np.abs(truth[:, :4] - box).max(axis=1) + 1e9 * truth[:, 5]
+        bags[int(distance.argmin())] = [
+            rows(matching.anchors[m], matching.prob[m]),
+            rows(matching.assigned[m], matching.assigned_iou[m]),
+        ]
+    return bags
+
+
+def gallery(
+    runs: Sequence[Run], data: Dataset, num_images: int, max_bytes: int, score_thresh: float
+) -> list[str]:
+    """Detections over ground truth, for the viewer."""
+    chosen = _choose_images(data, num_images, score_thresh)
+    bags = [_bags(run, data, chosen, _BAG_BYTES // len(runs)) for run in runs]
+    images = []
+    for i in chosen:
+        pixels = read_image(data.records[i]["file_name"], "RGB")
+        truth = data.truth[i]
+        images.append(
+            {
+                "name": Path(data.records[i]["file_name"]).name,
+                "width": pixels.shape[1],
+                "height": pixels.shape[0],
+                "src": encode_picture(pixels, max_bytes // len(chosen)),
+                "truth": None if truth is None else _rounded(truth),
+                "found": [_rounded(found[i][found[i][:, 5] >= _MIN_SCORE]) for found in data.found],
+                "bags": [of_run.get(i, {}) for of_run in bags],
+            }
+        )
+    content = {
+        "classes": [{"id": i, "name": name} for i, name in enumerate(data.classes)],
+        "runs": [run.name for run in runs],
+        "images": images,
+        "score": score_thresh,
+        "hasTruth": data.has_truth,
+    }
+    name = f"pictures of {data.name}"
+    return [
+        "<h3>Pictures</h3><p>Some of every kind of error, and some without. A click on a box, or "
+        "arrow keys and Enter, shows the bag of its object: the anchors that compete for it, from "
+        "dark to bright by their probability to match.</p>",
+        "<noscript>The pictures need JavaScript, which this browser does not run.</noscript>",
+        f'<div data-pictures="{html.escape(name)}"></div>',
+        data_element(name, content),
+    ]
+
+
+def _rounded(rows: NDArray[Any]) -> list[list[float]]:
+    return [
+        [*(round(x, 1) for x in row[:4]), int(row[4]), round(row[5], 3)] for row in rows.tolist()
+    ]
