@@ -187,6 +187,49 @@ def _predict(args: argparse.Namespace) -> None:
         raise FreeAnchorError(f"{unreadable} of the inputs could not be read, see above")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="(default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any (default: 8000)")
+    parser.add_argument(
+        "--confidence", type=float, default=0.5, help="where the slider begins (default: 0.5)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
+    parser.add_argument("--max-megabytes", type=float, default=20, help="of a file (default: 20)")
+    parser.add_argument(
+        "--max-megapixels", type=float, default=40, help="of a picture (default: 40)"
+    )
+    parser.add_argument("--queue", type=int, default=16, help="pictures that wait (default: 16)")
+    parser.add_argument(
+        "--rate", type=float, default=240, help="per minute and address; 0 for any (default: 240)"
+    )
+    add_options_argument(parser, "the config of the model")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from .deploy import Predictor
+    from .deploy.serve import LEAST_SCORE, serve
+    from .deploy.uploads import Limits
+
+    limits = Limits(
+        max_bytes=int(1e6 * args.max_megabytes),
+        max_pixels=int(1e6 * args.max_megapixels),
+        max_queue=args.queue,
+        rate=args.rate,
+    )
+
+    def load() -> Predictor:
+        return Predictor(
+            args.model,
+            args.weights,
+            confidence=min(LEAST_SCORE, args.confidence),
+            device=args.device,
+            options=args.opts,
+        )
+
+    serve(load, args.confidence, args.host, args.port, limits)
+
+
 _Command = tuple[
     str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
 ]
@@ -203,6 +246,7 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
     "predict": ("detect in images, videos and cameras", _add_predict, _predict),
+    "serve": ("a page where pictures are dropped, and a JSON API", _add_serve, _serve),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }

@@ -176,6 +176,8 @@ const { Picture, Dom } = (() => {
     drawBag(rect) {
       const { anchors, assigned, box } = this.bag;
       const best = Math.max(...anchors.map((a) => a[4]), 1e-30);
+      for (const anchor of assigned)
+        this.overlay.append(rect(toBox(anchor), { class: "anchor assigned" }));
       for (const anchor of anchors.slice().sort((a, b) => a[4] - b[4])) {
         const value = anchor[4] / best;
         this.overlay.append(
@@ -185,8 +187,6 @@ const { Picture, Dom } = (() => {
           }),
         );
       }
-      for (const anchor of assigned)
-        this.overlay.append(rect(toBox(anchor), { class: "anchor assigned" }));
       this.overlay.append(rect(box, { class: "object" }));
     }
 

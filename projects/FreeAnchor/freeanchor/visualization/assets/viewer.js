@@ -63,6 +63,10 @@ const Viewer = (() => {
         seen.observe(picture.overlay);
         sized.observe(picture.overlay);
       };
+      this.unwatch = ({ overlay }) => {
+        seen.unobserve(overlay);
+        sized.unobserve(overlay);
+      };
       for (const image of data.images) this.add(image, false);
       this.update();
       this.sort();
@@ -216,6 +220,14 @@ const Viewer = (() => {
         return x < y ? -1 : x > y ? 1 : 0;
       });
       this.gallery.append(...this.cards.map((card) => card.element));
+    }
+
+    /* Remove all pictures. */
+    clear() {
+      for (const { pictures } of this.cards) pictures.forEach(this.unwatch);
+      this.cards = [];
+      this.gallery.replaceChildren();
+      this.update();
     }
 
     toCoco() {
