@@ -407,8 +407,14 @@ def test_command(run_folder, monkeypatch):
         number = str(taken.getsockname()[1])
         with pytest.raises(SystemExit, match=f"--port {number} cannot be used"):
             main(["serve", str(run_folder), "--port", number])
-    with pytest.raises(SystemExit, match="--port 99999 cannot be used"):
-        main(["serve", str(run_folder), "--port", "99999"])
+    for wrong, message in (
+        (["--port", "99999"], "--port 99999 cannot be used"),
+        (["--confidence", "2"], "--confidence must be in 0 to 1"),
+        (["--queue", "0"], "Limits must be positive"),
+        (["--rate", "nan"], "Limits must be positive"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["serve", str(run_folder), *wrong])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "freeanchor.deploy.serve")
     with pytest.raises(SystemExit, match=r"pip install 'freeanchor\[serve\]'"):

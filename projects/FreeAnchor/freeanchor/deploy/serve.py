@@ -63,6 +63,10 @@ def serve(
         FreeAnchorError: the address or the model cannot be used.
     """
     token = choose_token(host)
+    if not 0 <= score <= 1:
+        raise FreeAnchorError(f"--confidence must be in 0 to 1, got {score}")
+    if min(limits[:3]) < 1 or not limits.rate >= 0:
+        raise FreeAnchorError("Limits must be positive: one byte, pixel and place at least")
     if not 0 <= port < 2**16:
         raise FreeAnchorError(f"--port {port} cannot be used: it is not in 0 to 65535")
     try:

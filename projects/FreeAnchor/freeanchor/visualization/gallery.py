@@ -17,7 +17,7 @@ from .runs import Dataset, Run
 
 __all__ = ["gallery"]
 
-_BAG_BYTES = 1_000_000  # about, of all bags
+_BAG_SHARE = 0.3  # of what pictures have, about, for all bags
 _BAG_IMAGES = 24  # the model runs on as many
 _MIN_SCORE = 0.05  # of the detections that the pictures can show
 
@@ -42,23 +42,19 @@ def _choose_images(data: Dataset, num_images: int, score_thresh: float) -> list[
     return list(chosen)
 
 
-def _bags(run: Run, data: Dataset, chosen: list[int], max_bytes: int) -> dict[int, Any]:
-    """The bags of the objects of the first images, by the numbers of image and object."""
+def _matchings(run: Run, data: Dataset, chosen: list[int]) -> dict[int, tuple[Matching, int]]:
+    """The matching of the first images, and the width that the network sees them in."""
     model = Path(run.cfg.OUTPUT_DIR) / "model_final.pth"
-    if not model.is_file() or run.cfg.MODEL.META_ARCHITECTURE != "FreeAnchor":
+    is_freeanchor = run.cfg.MODEL.META_ARCHITECTURE == "FreeAnchor"
+    if not (model.is_file() and is_freeanchor and data.has_truth):
         return {}
-    bags: dict[int, Any] = {}
-    size = 0
-    with_objects = [i for i in chosen if data.truth[i] is not None][:_BAG_IMAGES]
-    records = [data.records[i] for i in with_objects]
-    for i, (pixels, matchings) in zip(with_objects, match_images(run.cfg, [str(model)], records)):
-        truth = data.truth[i]
-        if truth is not None and matchings and size <= max_bytes:
-            (matching,) = matchings.values()
-            scale = data.records[i]["width"] / pixels.shape[1]
-            bags[i] = _bags_of_image(matching, truth, scale)
-            size += len(str(bags[i]))
-    return bags
+    chosen = chosen[:_BAG_IMAGES]
+    images = match_images(run.cfg, [str(model)], [data.records[i] for i in chosen])
+    return {
+        i: (matching, pixels.shape[1])
+        for i, (pixels, matchings) in zip(chosen, images)
+        for matching in matchings.values()
+    }
 
 
 def _bags_of_image(matching: Matching, truth: NDArray[Any], scale: float) -> dict[int, Any]:
@@ -86,11 +82,18 @@ def gallery(
 ) -> list[str]:
     """Detections over ground truth, for the viewer."""
     chosen = _choose_images(data, num_images, score_thresh)
-    bags = [_bags(run, data, chosen, _BAG_BYTES // len(runs)) for run in runs]
+    matchings = [_matchings(run, data, chosen) for run in runs]
+    bag_bytes = _BAG_SHARE * max_bytes
     images = []
     for i in chosen:
         pixels = read_image(data.records[i]["file_name"], "RGB")
         truth = data.truth[i]
+        bags: list[dict[int, Any]] = [{} for _ in runs]
+        for of_run, into in zip(matchings, bags):
+            if i in of_run and truth is not None and bag_bytes > 0:
+                matching, width = of_run[i]
+                into.update(_bags_of_image(matching, truth, pixels.shape[1] / width))
+                bag_bytes -= len(str(into))
         images.append(
             {
                 "name": Path(data.records[i]["file_name"]).name,
@@ -99,7 +102,7 @@ def gallery(
                 "src": encode_picture(pixels, max_bytes // len(chosen)),
                 "truth": None if truth is None else _rounded(truth),
                 "found": [_rounded(found[i][found[i][:, 5] >= _MIN_SCORE]) for found in data.found],
-                "bags": [of_run.get(i, {}) for of_run in bags],
+                "bags": bags,
             }
         )
     content = {

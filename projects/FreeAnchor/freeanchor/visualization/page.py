@@ -74,7 +74,8 @@ def encode_picture(pixels: NDArray[Any], max_bytes: int) -> str:
         max_bytes: of the address. The picture gets smaller and coarser until it fits; the
             smallest one is taken where none does.
     """
-    for side in _SIDES:
+    largest = max(pixels.shape[:2])
+    for side in [min(largest, _SIDES[0]), *(side for side in _SIDES[1:] if side < largest)]:
         picture = Image.fromarray(pixels)
         picture.thumbnail((side, side))
         for quality in _QUALITIES:
