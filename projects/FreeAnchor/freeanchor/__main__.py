@@ -80,6 +80,57 @@ def _convert(args: argparse.Namespace) -> None:
     convert_file(args.source, args.out)
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a folder, YOLO's data.yaml, or a COCO file")
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--from", dest="kind", choices=("yolo", "voc"), help="the format of SOURCE")
+    what.add_argument(
+        "--boxes",
+        action="append",
+        choices=("xyxy", "cxcywh", "normalised"),
+        help="what the boxes of the COCO file SOURCE are: corners, centre and size, or fractions "
+        "of the image; may be given twice",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where the images are")
+    parser.add_argument(
+        "--split", metavar="NAME", help="a file that lists names; or train, val, test of data.yaml"
+    )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from .data import import_boxes, import_voc, import_yolo
+
+    if args.boxes:
+        import_boxes(args.source, args.out, args.boxes)
+        print(f"Wrote {args.out}")
+        return
+    read = {"voc": import_voc, "yolo": import_yolo}[args.kind]
+    images = read(args.source, args.out, args.images, args.split)
+    print(f"Wrote {args.out}: use it by --dataset NAME {args.out} {images}")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("annotations", metavar="ANNOTATIONS.json")
+    parser.add_argument("images", metavar="IMAGE_DIR")
+    parser.add_argument(
+        "--write", type=Path, metavar="OUT.json", help="write a copy of what can be used"
+    )
+    parser.add_argument("--config-file", default="", help="of the model to be trained on it")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from .config import CONFIGS, read_config
+    from .data import check_dataset
+    from .errors import DatasetError
+
+    cfg = read_config(args.config_file or CONFIGS / "Base-FreeAnchor.yaml")
+    lines, is_trainable = check_dataset(args.annotations, args.images, cfg, args.write)
+    print("\n".join(lines))
+    if not is_trainable:
+        raise DatasetError(f"{args.annotations} cannot be trained on as it is")
+
+
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--num-train", type=int, default=400)
@@ -247,6 +298,12 @@ _COMMANDS: dict[str, _Command] = {
     "convert": ("convert weights of other projects to Detectron2's format", _add_convert, _convert),
     "predict": ("detect in images, videos and cameras", _add_predict, _predict),
     "serve": ("a page where pictures are dropped, and a JSON API", _add_serve, _serve),
+    "import": (
+        "write a COCO file of VOC's or YOLO's annotations, or of boxes of another convention",
+        _add_import,
+        _import,
+    ),
+    "check": ("look at a data set before it is trained on", _add_check, _check),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }

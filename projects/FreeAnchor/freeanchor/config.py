@@ -42,6 +42,10 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Weight of the localisation loss inside exp(), which makes it a probability.
     cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT = 0.75
 
+    # Names of the classes, in the order of the model's outputs; empty: those of the first data set.
+    # Data sets are brought to them by name.
+    cfg.MODEL.FREEANCHOR.CLASS_NAMES = []
+
     # How models of other implementations differ from Detectron2's RetinaNet; see also
     # RoundedAnchorGenerator, a name for MODEL.ANCHOR_GENERATOR.NAME.
     # Feature that P6 is computed from: "res5" (Detectron2, MMDetection) or "p5" (the paper's
@@ -64,6 +68,14 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NORM = ""
     # Rate of stochastic depth, for models that have it.
     cfg.MODEL.TIMM.DROP_PATH = 0.0
+    # The value of 16-bit, 32-bit and float images that becomes 255; 0: 65535 for 16 bits, and the
+    # others are refused.
+    cfg.INPUT.MAX_VALUE = 0.0
+    # Larger images are refused: by default at Pillow's limit, which keeps hostile files out.
+    cfg.INPUT.MAX_PIXELS = 178956970
+    # So many images that cannot be read are replaced by others while training, in each process
+    # that loads data, before it is an error.
+    cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False

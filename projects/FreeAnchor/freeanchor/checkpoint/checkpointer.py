@@ -12,12 +12,13 @@ from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import to_detectron2
-from .files import CONFIG_KEY, find, read_checkpoint, wants_heuristics
+from .files import CLASS_NAMES, CONFIG_KEY, find, read_checkpoint, wants_heuristics
 from .timm_weights import from_timm
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "class_config"]
 
-_PREDICTORS = ("head.cls_score.", "head.bbox_pred.")
+_CLASS_PREDICTOR = "head.cls_score."
+_PREDICTORS = (_CLASS_PREDICTOR, "head.bbox_pred.")
 # Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
 # in the weight and bias instead.
 _COUNTER = ".num_batches_tracked"
@@ -51,6 +52,11 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self._is_start = False
+        self._has_other_classes = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint, which names the classes too."""
+        super().save(name, **{CONFIG_KEY: class_config(self.cfg)}, **kwargs)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint or, without one, load weights to start training from.
@@ -65,8 +71,8 @@ class Checkpointer(DetectionCheckpointer):
     def load_start(self, path: str, checkpointables: Sequence[str] | None = ()) -> dict[str, Any]:
         """Load the weights that training starts from: of a backbone or of a detector.
 
-        The predictors of other classes or anchors stay as they were initialised, and a line of the
-        log says so.
+        The predictors of other classes or anchors, and a first convolution of another number of
+        channels, stay as they were initialised, and a line of the log says so.
 
         Args:
             path: see :meth:`load`.
@@ -109,8 +115,28 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint = to_detectron2(checkpoint, filename)
         if wants_heuristics(self.path):
             checkpoint["matching_heuristics"] = True
-        self._check_config(checkpoint.pop(CONFIG_KEY, {}))
+        config = checkpoint.pop(CONFIG_KEY, {})
+        self._check_classes(config.pop(CLASS_NAMES, []))
+        self._check_config(config)
         return checkpoint
+
+    def _check_classes(self, names: list[str]) -> None:
+        """Compare the classes of a checkpoint with those of the config, by name."""
+        wanted = class_config(self.cfg).get(CLASS_NAMES, [])
+        self._has_other_classes = bool(names and wanted) and names != wanted
+        if self._is_start:
+            if self._has_other_classes:
+                self.logger.warning(f"The weights {self.path} are for other classes: {names}")
+        elif self._has_other_classes:
+            raise FileError(
+                f"The weights {self.path} are for the classes {names}, and those of the config are "
+                f'{wanted}: add {CLASS_NAMES} "{names}", and data sets are brought to these by name'
+            )
+        elif wanted and not names:
+            self.logger.warning(
+                f"The weights {self.path} do not say which classes they are for. They are taken to "
+                f"be, in this order, {wanted}"
+            )
 
     def _check_config(self, config: dict[str, Any]) -> None:
         if self.cfg is None:
@@ -122,6 +148,10 @@ class Checkpointer(DetectionCheckpointer):
                 )
             return
         wrong = {}
+        means = config.get("MODEL.PIXEL_MEAN")
+        if self._is_start and means and len(means) != len(self.cfg.MODEL.PIXEL_MEAN):
+            pixels = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+            config = {key: value for key, value in config.items() if key not in pixels}
         for key, value in config.items():
             node = self.cfg
             for part in key.split("."):
@@ -148,11 +178,17 @@ class Checkpointer(DetectionCheckpointer):
             theirs, ours = checkpoint["model"].pop(name, None), getattr(self.model, name, None)
             if theirs is not None and ours is not None:
                 theirs = torch.as_tensor(theirs).flatten()
-                if not torch.allclose(theirs, ours.flatten().to(theirs)):
+                is_same_size = theirs.numel() == ours.numel()
+                if not is_same_size and self._is_start:
+                    continue
+                if not is_same_size or not torch.allclose(theirs, ours.flatten().to(theirs)):
                     raise FileError(
                         f"The weights {self.path} need another model than the config makes: add "
                         f'MODEL.{name.upper()} "{[round(x, 4) for x in theirs.tolist()]}"'
                     )
+        if self._has_other_classes:
+            for name in [k for k in checkpoint["model"] if k.startswith(_CLASS_PREDICTOR)]:
+                del checkpoint["model"][name]
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -163,11 +199,18 @@ class Checkpointer(DetectionCheckpointer):
         surplus = [k for k in incompatible.unexpected_keys if not k.endswith(_COUNTER)]
         problems = {"missing": sorted(missing), "of another shape": [*wrong.values()]}
         if self._is_start:
+            means = getattr(self.model, "pixel_mean", None)
+            channels = 3 if means is None else means.numel()
+            fitting = {
+                k
+                for k, old, new in incompatible.incorrect_shapes
+                if k.startswith(_PREDICTORS) or _is_first_convolution(old, new, channels)
+            }
             backbone = _start_of(names, missing)
             lacking = [k for k in backbone if k in missing]
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
-                "of another shape": [v for k, v in wrong.items() if not k.startswith(_PREDICTORS)],
+                "of another shape": [v for k, v in wrong.items() if k not in fitting],
                 "not in the model": [k for k in surplus if _RESNET_TENSOR.search(k)],
             }
         else:
@@ -210,3 +253,18 @@ def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float | int):
         return math.isclose(a, b, rel_tol=1e-6)
     return bool(a == b)
+
+
+def _is_first_convolution(old: Sequence[int], new: Sequence[int], channels: int) -> bool:
+    """Whether the shapes of a weight differ by the channels of the images alone."""
+    return (
+        len(old) == len(new) == 4
+        and new[1] == channels != old[1]
+        and (*old[:1], *old[2:]) == (*new[:1], *new[2:])
+    )
+
+
+def class_config(cfg: CfgNode | None) -> dict[str, Any]:
+    """What a checkpoint says of its config besides the weights: the names of the classes."""
+    names = [] if cfg is None else list(cfg.MODEL.FREEANCHOR.CLASS_NAMES)
+    return {CLASS_NAMES: names} if names else {}

@@ -26,9 +26,11 @@ from ..errors import FileError
 from . import unpickle
 
 __all__ = [
+    "CLASS_NAMES",
     "CONFIG_KEY",
     "find",
     "read_checkpoint",
+    "read_class_names",
     "write_checkpoint",
 ]
 
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 # Entry of a checkpoint: the config keys that its weights need, see `freeanchor.checkpoint.convert`.
 CONFIG_KEY = "freeanchor_config"
 _HEURISTICS = "?matching_heuristics="
+# The one among them that names the classes.
+CLASS_NAMES = "MODEL.FREEANCHOR.CLASS_NAMES"
 # What a file holds may take more memory than the file: tied weights, small headers.
 _MOST_TIMES_LARGER = 10
 _ALWAYS_ALLOWED = 2**24
@@ -135,6 +139,22 @@ def _num_bytes(value: Any, seen: set[int]) -> int:
     elif not isinstance(value, list | tuple):
         return 0
     return sum(_num_bytes(v, seen) for v in value)
+
+
+def read_class_names(path: str) -> list[str]:
+    """The classes that a checkpoint is for, in the order of its outputs.
+
+    Args:
+        path: see :func:`find`.
+
+    Returns:
+        Their names; none of a checkpoint that does not say.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    config = read_checkpoint(find(path)).get(CONFIG_KEY, {})
+    return [str(x) for x in config.get(CLASS_NAMES, [])]
 
 
 def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[str, Any]) -> None:

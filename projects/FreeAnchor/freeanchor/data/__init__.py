@@ -1,24 +1,37 @@
 """A user's images and annotations: registered, read and checked before any work is done."""
 
 from .anchors import best_anchor_iou, propose_anchors, training_boxes
-from .datasets import (
-    NUM_CLASSES_FROM_DATA,
-    load_training_set,
-    register_datasets,
-    resolve_num_classes,
-)
-from .images import Mapper, check_images
+from .catalog import register_datasets
+from .checking import check_dataset
+from .classes import NUM_CLASSES_FROM_DATA, resolve_classes
+from .coco import CocoFile, read_coco
+from .datasets import check_images, load_training_set, report_findings
+from .images import ImageReader, num_channels, read_image
+from .importing import READINGS, import_boxes, import_voc, import_yolo
+from .mapper import Mapper
 from .shapes import write_shapes
 
 __all__ = [
     "NUM_CLASSES_FROM_DATA",
+    "READINGS",
+    "CocoFile",
+    "ImageReader",
     "Mapper",
     "best_anchor_iou",
+    "check_dataset",
     "check_images",
+    "import_boxes",
+    "import_voc",
+    "import_yolo",
     "load_training_set",
     "propose_anchors",
     "register_datasets",
-    "resolve_num_classes",
     "training_boxes",
+    "num_channels",
+    "read_coco",
+    "read_image",
+    "register_datasets",
+    "report_findings",
+    "resolve_classes",
     "write_shapes",
 ]

@@ -1,102 +1,240 @@
-"""Images of a data set: checked before any work is done, and read with errors that name them."""
+"""Images of a data set: read by one rule, and checked by the same before any work is done.
 
-import math
+An image is as a viewer shows it: turned as its EXIF or XMP says. Deep pixels (16 and 32 bits,
+float) become 8 bits: value / white * 255, where white is `INPUT.MAX_VALUE` or, for 16 bits, 65535.
+"""
+
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
 
-from detectron2.data import DatasetMapper
-from detectron2.data.transforms import ResizeTransform
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import DatasetError, shorten
-from .datasets import files_of, load
+from ..errors import DatasetError
 
-__all__ = ["Mapper", "check_images"]
+__all__ = ["ImageReader", "ImageState", "num_channels", "read_image"]
 
-_EXIF_ORIENTATION = 274
-# What the last bytes of a whole file have in them.
-_ENDINGS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_ORIENTATION = 274  # of EXIF; Pillow gives that of XMP by the same number
+_METHODS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TAIL_BYTES = 64
+_RANGE_16_BIT = 65535
+# Pillow refuses images above twice its MAX_IMAGE_PIXELS.
+_MOST_PIXELS = 178956970
+# The formats that Detectron2 makes of Pillow's "RGB".
+_OF_DETECTRON2 = ("BGR", "YUV-BT.601")
+# Pillow's limit is one for the process, and images are opened by threads.
+_OPENING = threading.Lock()
 
 
-def check_images(names: Sequence[str]) -> None:
-    """Look at every image, so that a missing one does not end a training hours later.
-
-    Reads the headers, and looks whether JPEG and PNG files are whole.
-
-    Args:
-        names: registered data sets.
+def num_channels(image_format: str) -> int:
+    """The channels of an `INPUT.FORMAT`.
 
     Raises:
-        DatasetError: an annotation file cannot be used, or images are missing, unreadable or not
-            of the annotated size. It names the first of them.
+        DatasetError: neither Detectron2 nor Pillow knows the format.
     """
-    dicts = load(names)
-    with ThreadPoolExecutor() as pool:
-        problems = [p for p in pool.map(_image_problem, dicts) if p is not None]
-    if problems:
+    if image_format in _OF_DETECTRON2:
+        return 3
+    try:
+        return Image.getmodebands(image_format)
+    except KeyError as e:
         raise DatasetError(
-            f"{files_of(names)}: {len(problems)} of {len(dicts)} images cannot be used. "
-            f"{shorten(problems, '; ')}. Correct the image directory or the annotation file"
-        )
+            f"INPUT.FORMAT {image_format!r} is not known: it is BGR, YUV-BT.601 or a mode of "
+            "Pillow (RGB, L, RGBA, CMYK, ...)"
+        ) from e
 
 
-def _image_problem(record: dict[str, Any]) -> str | None:
-    file_name = record["file_name"]
-    if not PathManager.isfile(file_name):
-        return f"{file_name} is missing"
-    try:
-        with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-            size = image.size
-            # Without EXIF in the header, getexif() would decode a whole PNG to look for it.
-            if "exif" in image.info and _is_turned(image):
-                size = size[::-1]
-            position = f.tell()
-            f.seek(-min(_TAIL_BYTES, f.seek(0, os.SEEK_END)), os.SEEK_END)
-            is_whole = _ENDINGS.get(image.format or "", b"") in f.read()
-            f.seek(position)
-            if not is_whole:
-                image.load()  # cut off, or with something behind its end: decoding tells
-    except Exception as e:  # Pillow's decoders raise many kinds
-        return f"{file_name} is not a readable image ({e})"
-    # Data that Python registered may leave them out.
-    annotated = record.get("width", size[0]), record.get("height", size[1])
-    if size != annotated:
-        return (
-            f"{file_name} has {size[0]} x {size[1]} pixels, but {annotated[0]} x {annotated[1]} "
-            "in its annotation"
-        )
-    return None
+@dataclass
+class ImageState:
+    """What a check found of an image."""
+
+    # What is wrong with it, if anything.
+    problem: str = ""
+    # Its largest value, of an image of 16 bits.
+    largest: int | None = None
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether Detectron2 turns the image by 90 degrees on reading."""
-    try:
-        return bool(image.getexif().get(_EXIF_ORIENTATION, 1) >= 5)
-    except Exception:  # damaged EXIF, which Detectron2 ignores
-        return False
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images as a config says."""
 
+    format: str = "BGR"
+    max_value: float = 0.0
+    max_pixels: int = _MOST_PIXELS
 
-class Mapper(DatasetMapper):
-    """Detectron2's mapper, whose errors name the image: a header does not show every damage."""
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "ImageReader":
+        """Build the reader of a config, from `INPUT.{FORMAT, MAX_VALUE, MAX_PIXELS}`."""
+        return cls(cfg.INPUT.FORMAT, cfg.INPUT.MAX_VALUE, cfg.INPUT.MAX_PIXELS)
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    def read(self, path: str) -> NDArray[Any]:
+        """Read an image.
+
+        Returns:
+            (H, W, C) array in the format of the reader, uint8 unless it is YUV-BT.601.
+
+        Raises:
+            OSError, ValueError, SyntaxError: it cannot be read; the message does not name it.
+        """
+        with self._opened(path) as (_, image):
+            pixels: NDArray[Any] = convert_PIL_to_numpy(
+                _as_seen(_to_8_bits(image, self.max_value)), self.format
+            )
+            return pixels
+
+    def size(self, path: str) -> tuple[int, int]:
+        """Width and height of an image as a viewer shows it; errors as in :meth:`read`."""
+        with self._opened(path) as (f, image):
+            return _seen_size(f, image)[0]
+
+    def check(self, record: dict[str, Any], decode: bool = False) -> ImageState:
+        """Find out whether an image can be used.
+
+        Args:
+            record: it, in Detectron2's standard format.
+            decode: read all of its pixels; else only where nothing else tells a whole file.
+        """
+        path = record["file_name"]
+        if not PathManager.isfile(path):
+            return ImageState(f"{path} is missing")
         try:
-            mapped: dict[str, Any] = super().__call__(dataset_dict)
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DatasetError(f"{dataset_dict['file_name']} cannot be read: {e}") from e
-        return mapped
+            with self._opened(path) as (f, image):
+                size, is_whole = _seen_size(f, image)
+                if decode or not is_whole:
+                    image.load()
+                largest = None
+                if _is_deep(image):
+                    _white(image, self.max_value)
+                    if image.mode.startswith("I;16"):
+                        largest = int(np.asarray(image).max())
+        except Exception as e:  # Pillow's decoders raise many kinds
+            return ImageState(f"{path} is not a readable image ({e})")
+        # Data that Python registered may leave them out.
+        annotated = record.get("width", size[0]), record.get("height", size[1])
+        if size != annotated:
+            turned = " (width and height are swapped)" if size[::-1] == annotated else ""
+            return ImageState(
+                f"{path} has {size[0]} x {size[1]} pixels, but {annotated[0]} x {annotated[1]} in "
+                f"its annotation{turned}"
+            )
+        return ImageState(largest=largest)
 
-    def _transform_annotations(
-        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
-    ) -> None:
-        # After a crop, sizes do not tell it, and INCLUSIVE_CORNERS needs it.
-        resizes = [t for t in transforms.transforms if isinstance(t, ResizeTransform)]
-        dataset_dict["resize_factors"] = (
-            math.prod(t.new_w / t.w for t in resizes),
-            math.prod(t.new_h / t.h for t in resizes),
-        )
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[tuple[IO[bytes], Image.Image]]:
+        with PathManager.open(path, "rb") as f:
+            with _OPENING:
+                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                try:
+                    image = Image.open(f)
+                finally:
+                    Image.MAX_IMAGE_PIXELS = limit
+            with image:
+                width, height = image.size
+                if width * height > self.max_pixels:
+                    raise ValueError(
+                        f"it has {width} x {height} = {width * height} pixels, and "
+                        f"INPUT.MAX_PIXELS allows {self.max_pixels}: set that key if there is "
+                        "the memory"
+                    )
+                yield f, image
+
+
+def read_image(
+    file_name: str, format: str, max_value: float = 0.0, max_pixels: int = _MOST_PIXELS
+) -> NDArray[Any]:
+    """Read an image as the models see it, see :meth:`ImageReader.read`.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    try:
+        return ImageReader(format, max_value, max_pixels).read(file_name)
+    except (OSError, ValueError, SyntaxError) as e:
+        raise DatasetError(f"{file_name} cannot be read: {e}") from e
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF, which viewers ignore
+        return 1
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    image.load()  # before, some formats do not know all of their EXIF, and TIFF turns itself
+    method = _METHODS.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _seen_size(f: IO[bytes], image: Image.Image) -> tuple[tuple[int, int], bool]:
+    """The size of :func:`_as_seen`, and whether the file is known to be whole."""
+    is_whole = _is_whole(f, image)
+    if not is_whole:
+        image.load()
+    size = image.size
+    return (size[::-1] if _orientation(image) >= 5 else size), is_whole
+
+
+def _is_whole(f: IO[bytes], image: Image.Image) -> bool:
+    """Whether the file says that it has its end, and no EXIF that only decoding would find."""
+    position = f.tell()
+    try:
+        if image.format in ("JPEG", "MPO"):
+            f.seek(-min(_TAIL_BYTES, f.seek(0, os.SEEK_END)), os.SEEK_END)
+            return b"\xff\xd9" in f.read()
+        if image.format == "PNG":
+            f.seek(8)
+            pixels_began = False
+            while len(head := f.read(8)) == 8:
+                length, kind = struct.unpack(">I4s", head)
+                if kind == b"IEND":
+                    return True
+                if pixels_began and kind != b"IDAT":
+                    return False
+                pixels_began = kind == b"IDAT"
+                f.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        f.seek(position)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white(image: Image.Image, max_value: float) -> float:
+    """The value of a deep image that becomes 255."""
+    if max_value > 0:
+        return max_value
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _RANGE_16_BIT
+    kind = "float" if image.mode == "F" else "32-bit"
+    raise ValueError(f"it has {kind} pixels: INPUT.MAX_VALUE must say which value is white")
+
+
+def _to_8_bits(image: Image.Image, max_value: float) -> Image.Image:
+    if not _is_deep(image):
+        return image
+    white = _white(image, max_value)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32) / white, posinf=1.0, neginf=0.0)
+    result = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
+    orientation = _orientation(image)
+    if orientation != 1:  # the new image has no EXIF
+        result.getexif()[_ORIENTATION] = orientation
+    return result

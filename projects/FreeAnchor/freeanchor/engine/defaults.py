@@ -10,10 +10,18 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import find
+from ..checkpoint import find, read_class_names
 from ..command_line import add_dataset_argument
 from ..config import add_freeanchor_config, merge_config, merge_options
-from ..data import NUM_CLASSES_FROM_DATA, check_images, register_datasets, resolve_num_classes
+from ..data import (
+    NUM_CLASSES_FROM_DATA,
+    ImageReader,
+    check_images,
+    num_channels,
+    register_datasets,
+    report_findings,
+    resolve_classes,
+)
 from ..errors import FreeAnchorError
 
 __all__ = ["argument_parser", "build_config", "check", "setup"]
@@ -53,9 +61,21 @@ def build_config(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer is for CUDA only
     register_datasets(args.dataset)
-    resolve_num_classes(cfg, _dataset_names(cfg, args))
+    if args.eval_only and not cfg.MODEL.FREEANCHOR.CLASS_NAMES:
+        cfg.MODEL.FREEANCHOR.CLASS_NAMES = _trained_classes(cfg, args)
+    resolve_classes(cfg, _dataset_names(cfg, args))
     cfg.freeze()
     return cfg
+
+
+def _trained_classes(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """The classes of the weights that are to be evaluated, as far as they say."""
+    path = cfg.MODEL.WEIGHTS
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.resume and os.path.isfile(last):
+        with open(last) as f:
+            path = os.path.join(cfg.OUTPUT_DIR, f.read().strip())
+    return read_class_names(path) if path else []
 
 
 def _dataset_names(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
@@ -92,10 +112,21 @@ def check(args: argparse.Namespace) -> None:
             f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "
             "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
         )
+    _check_pixels(cfg)
     for name in _dataset_names(cfg, args):
-        check_images([name])
+        check_images([name], ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
         find(cfg.MODEL.WEIGHTS)
+
+
+def _check_pixels(cfg: CfgNode) -> None:
+    channels = num_channels(cfg.INPUT.FORMAT)
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise FreeAnchorError(
+                f"INPUT.FORMAT {cfg.INPUT.FORMAT} has {channels} channels, and MODEL.{key} has "
+                f"{len(cfg.MODEL[key])} values: give one for each channel"
+            )
 
 
 def _check_devices(args: argparse.Namespace) -> None:
@@ -116,6 +147,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = build_config(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
+    if comm.is_main_process():
+        report_findings(_dataset_names(cfg, args))
     if not torch.cuda.is_available():
         logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
     if (

@@ -29,11 +29,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(
-            cfg,
-            mapper=Mapper(cfg, is_train=True),
-            dataset=load_training_set(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS),
-        )
+        records = load_training_set(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        # Enough to take the place of as many images as may break.
+        spares = records[:: max(1, len(records) // (2 * cfg.DATALOADER.MAX_BROKEN_IMAGES + 1))]
+        mapper = Mapper(cfg, is_train=True, spares=spares)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

@@ -1,6 +1,7 @@
 """What a finished run left in its output folder."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from numpy.typing import NDArray
 
 from ..config import merge_options, read_config
-from ..data import register_datasets
+from ..data import register_datasets, resolve_classes
 from ..errors import FileError
 from ..paths import file_stem
 from .outcomes import found_rows, outcomes, truth_rows
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 MIN_IOU = 0.5  # of a hit
+
+logger = logging.getLogger(__name__)
 
 
 def read_run(
@@ -53,6 +56,13 @@ def read_run(
             raise FileError(f"give data set {name} as --dataset {name} ANNOTATIONS.json IMAGE_DIR")
         if not _results_file(cfg, name).is_file():
             raise FileError(f"there is no {_results_file(cfg, name)}: the run was not evaluated")
+    if not cfg.MODEL.FREEANCHOR.CLASS_NAMES:
+        logger.warning(
+            f"{output_dir}/config.yaml does not name the classes: they are taken to be those of "
+            "the data set, in its order"
+        )
+    if cfg.DATASETS.TEST:
+        resolve_classes(cfg, cfg.DATASETS.TEST)
     return cfg
 
 

@@ -1,0 +1,407 @@
+"""Annotations of other formats as COCO files: `freeanchor import`.
+
+Single files are parsed by supervision, an optional dependency. Which files belong together, which
+images they are of and what their classes are is decided here: its readers of whole folders know
+no split files, and take an image without annotations for one without objects.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import ParseError
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..errors import DatasetError, shorten
+from .coco import read_coco
+from .containers import read_json
+from .fields import read_boxes, read_numbers, refer
+from .findings import show
+from .folder import ImageFolder
+from .images import ImageReader
+
+__all__ = ["READINGS", "import_boxes", "import_voc", "import_yolo"]
+
+# What the four numbers of a box may be, besides x, y, width, height in pixels.
+READINGS = ("xyxy", "cxcywh", "normalised")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
+
+
+def _supervision() -> Any:
+    try:
+        from supervision.dataset.formats import pascal_voc, yolo
+    except ImportError as e:
+        raise DatasetError(
+            "reading VOC and YOLO needs supervision, which is not installed: pip install "
+            "'freeanchor[import]', or supervision"
+        ) from e
+    return pascal_voc, yolo
+
+
+def import_voc(
+    source: Path, out: Path, images: Path | None = None, split: str | None = None
+) -> Path:
+    """Write a COCO file of a folder of Pascal VOC's XML files.
+
+    Objects that are marked as difficult become COCO's `ignore`. Corners count from 1, as VOC's.
+
+    Args:
+        source: the folder, or the one above `Annotations` and `JPEGImages`.
+        out: the COCO file.
+        images: the folder of the images, if it is not beside the XML files.
+        split: a file with the names of the files to take, one a line; by default all are taken.
+
+    Returns:
+        The folder of the images.
+
+    Raises:
+        DatasetError: a file cannot be read, or its image is missing or of another size.
+    """
+    from defusedxml.common import DefusedXmlException
+    from defusedxml.ElementTree import parse
+
+    pascal_voc, _ = _supervision()
+    folder = _folder_of(source, ("Annotations", "annotations"), ".xml", "XML files")
+    images = images or _folder_of(
+        folder, ("../JPEGImages", "../images", "../Images", ""), _IMAGE_SUFFIXES, "images"
+    )
+    files = sorted(folder.glob("*.xml"))
+    trees = {}
+    for path in tqdm(files, desc="XML files", delay=3):
+        try:
+            trees[path.stem] = parse(path).getroot()
+        except (ParseError, DefusedXmlException, OSError, UnicodeError) as e:
+            raise DatasetError(f"{path} is no XML file: {e}") from e
+    # Those of all files, so that all parts of a split have the same.
+    names = sorted({x.text or "" for tree in trees.values() for x in tree.iterfind("object/name")})
+    stems = _read_split(split, trees, folder) if split else list(trees)
+    finder, reader = ImageFolder(str(images)), ImageReader()
+    writer = _Writer(names)
+    for stem in tqdm(stems, desc="images", delay=3):
+        tree, path = trees[stem], folder / f"{stem}.xml"
+        image = _voc_image(tree, stem, finder, path)
+        size = _size(reader, image)
+        _check_voc_size(tree, size, path, image)
+        try:
+            found, _ = pascal_voc.detections_from_xml_obj(tree, names, size)
+        except (ValueError, KeyError, AttributeError) as e:
+            raise DatasetError(f"{path}: {e}") from e
+        difficult = [x.findtext("difficult", "0").strip() == "1" for x in tree.iterfind("object")]
+        writer.add(os.path.relpath(image, images), size, found.xyxy, found.class_id, difficult)
+    writer.write(out)
+    return images
+
+
+def _folder_of(source: Path, names: Sequence[str], suffix: Any, what: str) -> Path:
+    """The folder, or one within it, that has files of a kind."""
+    for folder in (*(source / name for name in names), source):
+        if folder.is_dir() and any(x.name.lower().endswith(suffix) for x in os.scandir(folder)):
+            return Path(os.path.normpath(folder))
+    raise DatasetError(
+        f"there are no {what} in {source}, nor in {' or '.join(filter(None, names))}"
+    )
+
+
+def _read_split(split: str, trees: dict[str, Any], folder: Path) -> list[str]:
+    try:
+        lines = [x.strip() for x in Path(split).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeError) as e:
+        raise DatasetError(f"the split {split} cannot be read: {e}") from e
+    stems: list[str] = []
+    for line in filter(None, lines):
+        # A name, a file of an image, or VOC's lists of a class: a name and whether it is there.
+        choices = (line, Path(line).stem, line.split()[0], Path(line.split()[0]).stem)
+        stem = next((x for x in choices if x in trees), None)
+        if stem is None:
+            raise DatasetError(f"{split} names {show(line)}, which has no XML file in {folder}")
+        stems.append(stem)
+    if not stems:
+        raise DatasetError(f"the split {split} is empty")
+    return list(dict.fromkeys(stems))
+
+
+def _voc_image(tree: Any, stem: str, finder: ImageFolder, path: Path) -> str:
+    """The image of an XML file: of the same name, or else of the name that it says."""
+    for suffix in _IMAGE_SUFFIXES:
+        found, _ = finder.find(f"{stem}{suffix}")
+        if os.path.isfile(found):
+            return found
+    name = (tree.findtext("filename") or "").strip()
+    found, _ = finder.find(name) if name else ("", False)
+    if not os.path.isfile(found):
+        raise DatasetError(
+            f"{path}: there is no image of this name, nor {show(name)}, in {finder.root}"
+        )
+    return found
+
+
+def _size(reader: ImageReader, image: str) -> tuple[int, int]:
+    try:
+        return reader.size(image)
+    except Exception as e:  # Pillow's decoders raise many kinds
+        raise DatasetError(f"{image} is not a readable image ({e})") from e
+
+
+def _check_voc_size(tree: Any, size: tuple[int, int], path: Path, image: str) -> None:
+    try:
+        said = tuple(int(float(tree.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
+    except ValueError:
+        said = (0, 0)
+    if all(said) and said != size:
+        raise DatasetError(
+            f"{path} says that its image has {said[0]} x {said[1]} pixels, but {image} has "
+            f"{size[0]} x {size[1]}: its boxes are of another image, correct one of them"
+        )
+
+
+def import_yolo(
+    source: Path,
+    out: Path,
+    images: Path | None = None,
+    split: str | None = None,
+) -> Path:
+    """Write a COCO file of YOLO's text files.
+
+    Args:
+        source: `data.yaml`, or a folder with it or with `classes.txt`.
+        out: the COCO file.
+        images: the folder of the images, instead of what `data.yaml` says. The labels of
+            `x/images/y/a.jpg` are `x/labels/y/a.txt`, or lie beside the image.
+        split: `train`, `val` or `test` of `data.yaml`; or a file that lists the images.
+
+    Returns:
+        The folder of the images.
+
+    Raises:
+        DatasetError: a file cannot be read, or an image is missing.
+    """
+    _, yolo = _supervision()
+    config, names, base = _yolo_config(source)
+    files = _yolo_images(config, base, images, split)
+    if not files:
+        raise DatasetError(f"{source}: there are no images")
+    root = images or Path(os.path.commonpath([x.parent for x in files]))
+    keypoints = config.get("kpt_shape") or (0, 0)
+    num_keypoint_values = int(keypoints[0]) * int(keypoints[1])
+    reader, writer = ImageReader(), _Writer(names)
+    without = 0
+    for image in tqdm(files, desc="images", delay=3):
+        label = _yolo_label(image)
+        size = _size(reader, str(image))
+        if label is None:
+            without += 1
+            writer.add(os.path.relpath(image, root), size, np.zeros((0, 4)), [], [])
+            continue
+        try:
+            lines = [x for x in label.read_text(encoding="utf-8-sig").splitlines() if x.strip()]
+            if num_keypoint_values:
+                lines = [" ".join(x.split()[:5]) for x in lines]
+            found = yolo.yolo_annotations_to_detections(lines, size, with_masks=False)
+        except (ValueError, OSError) as e:
+            raise DatasetError(f"{label}: {e}") from e
+        classes = [] if found.class_id is None else found.class_id.tolist()
+        wrong = [c for c in classes if not 0 <= c < len(names)]
+        if wrong:
+            raise DatasetError(
+                f"{label} has the class {wrong[0]}, and there are {len(names)} names, from 0 on"
+            )
+        writer.add(os.path.relpath(image, root), size, found.xyxy, classes, [False] * len(classes))
+    if without == len(files):
+        raise DatasetError(
+            f"none of the {without} images has a label file: that of x/images/y/a.jpg is "
+            "x/labels/y/a.txt or lies beside it"
+        )
+    if without:
+        print(f"{without} of {len(files)} images have no label file, and are taken for background")
+    writer.write(out)
+    return root
+
+
+def _yolo_config(source: Path) -> tuple[dict[str, Any], list[str], Path]:
+    """What `data.yaml` holds, the names of the classes, and the folder that paths start from."""
+    base = source if source.is_dir() else source.parent
+    candidates = [source] if source.is_file() else [base / "data.yaml", base / "data.yml"]
+    for path in candidates:
+        if path.is_file() and path.suffix in (".yaml", ".yml"):
+            try:
+                config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            except (yaml.YAMLError, OSError, UnicodeError) as e:
+                raise DatasetError(f"{path} cannot be read: {e}".replace("\n", " ")) from e
+            names = config.get("names") if isinstance(config, dict) else None
+            if isinstance(names, dict) and all(isinstance(k, int) for k in names):
+                if sorted(names) != list(range(len(names))):
+                    raise DatasetError(f"{path}: `names` must be numbered from 0, without a gap")
+                names = [names[i] for i in range(len(names))]
+            if not isinstance(names, list) or not names:
+                raise DatasetError(f"{path}: `names` must list the classes, and is {show(names)}")
+            return config, [str(x) for x in names], base / str(config.get("path") or "")
+    for path in (base / "classes.txt", base / "labels" / "classes.txt", base / "obj.names"):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            return {}, [x.strip() for x in lines if x.strip()], base
+    raise DatasetError(
+        f"{source} has no data.yaml and no classes.txt, which name the classes: name the file "
+        "data.yaml as SOURCE"
+    )
+
+
+def _yolo_images(
+    config: dict[str, Any], base: Path, images: Path | None, split: str | None
+) -> list[Path]:
+    if split and Path(split).is_file():
+        return _listed(Path(split), images or base)
+    if split:
+        places = config.get(split, config.get("valid") if split == "val" else None)
+        if places is None:
+            raise DatasetError(f"data.yaml has no `{split}`, and there is no such file")
+    else:
+        places = [str(images)] if images else ["images" if (base / "images").is_dir() else "."]
+    found: list[Path] = []
+    for place in [places] if isinstance(places, str) else places:
+        # Roboflow writes ../train/images where it means train/images.
+        choices = [base / place, base / str(place).removeprefix("../"), Path(place)]
+        path = next((x for x in choices if x.exists()), None)
+        if path is None:
+            raise DatasetError(f"data.yaml names {show(place)}, which is not in {base}")
+        if path.is_file():
+            found += _listed(path, base)
+        else:
+            found += sorted(x for x in path.rglob("*") if x.suffix.lower() in _IMAGE_SUFFIXES)
+    return [Path(os.path.normpath(x)) for x in found]
+
+
+def _listed(path: Path, base: Path) -> list[Path]:
+    """The images that a text file lists."""
+    files = []
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if line.strip():
+            choices = [x / line.strip() for x in (base, path.parent, base / "images")]
+            found = next((x for x in choices if x.is_file()), None)
+            if found is None:
+                raise DatasetError(f"{path} lists {show(line.strip())}, which is not in {base}")
+            files.append(found)
+    return files
+
+
+def _yolo_label(image: Path) -> Path | None:
+    parts = list(image.parts)
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        beside = Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
+        if beside.is_file():
+            return beside
+    own = image.with_suffix(".txt")
+    return own if own.is_file() else None
+
+
+class _Writer:
+    """Gathers a COCO file."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.content: dict[str, list[dict[str, Any]]] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+        }
+
+    def add(
+        self,
+        file_name: str,
+        size: tuple[int, int],
+        corners: NDArray[Any],
+        classes: Any,
+        ignored: Sequence[bool],
+    ) -> None:
+        """Add an image and its boxes (M, 4) x1, y1, x2, y2."""
+        image_id = len(self.content["images"]) + 1
+        width, height = size
+        image = {"id": image_id, "file_name": file_name, "width": width, "height": height}
+        self.content["images"].append(image)
+        for (x1, y1, x2, y2), c, is_ignored in zip(corners.tolist(), classes, ignored):
+            x1, y1 = max(0.0, x1), max(0.0, y1)
+            box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+            annotation = {
+                "id": len(self.content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": int(c) + 1,
+                "bbox": box,
+                "area": round(box[2] * box[3], 3),
+                "iscrowd": 0,
+            }
+            self.content["annotations"].append(
+                {**annotation, **({"ignore": 1} if is_ignored else {})}
+            )
+
+    def write(self, out: Path) -> None:
+        """Write it."""
+        _write(out, self.content)
+
+
+def _write(out: Path, content: dict[str, Any]) -> None:
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(out)
+    except OSError as e:
+        raise DatasetError(f"{out} cannot be written: {e}") from e
+
+
+def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
+    """Write a COCO file whose boxes are something else as one with x, y, width, height in pixels.
+
+    Args:
+        source: the file, which is not changed.
+        out: the new one.
+        readings: of `READINGS`: `xyxy` (two corners) or `cxcywh` (centre, width, height); and
+            `normalised` (fractions of the image).
+
+    Raises:
+        DatasetError: the file cannot be read, or the boxes are not what they are said to be.
+    """
+    if {"xyxy", "cxcywh"} <= set(readings):
+        raise DatasetError("--boxes: they are either xyxy or cxcywh")
+    if out.exists() and os.path.samefile(source, out):
+        raise DatasetError(f"{out} is the file that is to be read: give another name")
+    content = read_json(str(source))
+    images, annotations = content["images"], content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise DatasetError(f"{source}: `images` and `annotations` should be lists")
+    if not set(map(type, [*images, *annotations])) <= {dict}:
+        raise DatasetError(f"{source}: an entry of `images` or `annotations` is no object")
+    positions = refer([x.get("image_id") for x in annotations], [x.get("id") for x in images])
+    sizes = np.stack([read_numbers([x.get(k) for x in images]) for k in ("width", "height")], 1)
+    boxes, broken = read_boxes([x.get("bbox") for x in annotations])
+    for i in _changed(positions, broken):
+        size = sizes[positions[i]]
+        if "normalised" in readings and not (size > 0).all():
+            raise DatasetError(
+                f"{source}: image {show(images[positions[i]].get('id'))} needs `width` and "
+                "`height`, as its boxes are fractions of them"
+            )
+        first, second = boxes[i, :2], boxes[i, 2:]
+        if "normalised" in readings:
+            first, second = first * size, second * size
+        if "xyxy" in readings:
+            second = second - first
+        elif "cxcywh" in readings:
+            first = first - second / 2
+        annotation = annotations[i]
+        annotation["bbox"] = [round(float(v), 4) for v in (*first, *second)]
+        # It may have been computed from numbers that mean something else.
+        annotation["area"] = round(float(second[0] * second[1]), 4)
+    _write(out, content)
+    try:
+        read_coco(str(out), str(out.parent))
+    except DatasetError as e:
+        out.unlink()
+        raise DatasetError(f"read as {shorten(readings, ' and ')}, {e}") from e
+
+
+def _changed(positions: NDArray[Any], broken: NDArray[Any]) -> Iterator[int]:
+    yield from np.flatnonzero((positions >= 0) & ~broken).tolist()

@@ -1,0 +1,122 @@
+"""From a record of a data set to what the model takes."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import check_image_size
+
+from ..errors import DatasetError
+from .images import ImageReader
+
+__all__ = ["Mapper"]
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.2
+
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper, which reads images by :class:`freeanchor.data.ImageReader`.
+
+    In training, an image that cannot be read, not even at a second try, is named and replaced by
+    another one, so that a disk that fails once does not end the run.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *args: Any,
+        reader: ImageReader,
+        max_broken: int,
+        spares: Sequence[dict[str, Any]] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Build the mapper, by a config or by its arguments.
+
+        Args:
+            args: see :class:`detectron2.data.DatasetMapper`.
+            reader: reads the images.
+            max_broken: as many images that cannot be read are replaced, in each process that
+                loads data.
+            spares: records to replace them by; without, such an image is an error.
+            kwargs: see :class:`detectron2.data.DatasetMapper`.
+        """
+        super().__init__(*args, **kwargs)
+        self.reader = reader
+        self.max_broken = max_broken
+        self.spares = spares
+        self._num_broken = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        return {
+            **super().from_config(cfg, is_train),
+            "reader": ImageReader.from_config(cfg),
+            "max_broken": cfg.DATALOADER.MAX_BROKEN_IMAGES,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map a record, see :class:`detectron2.data.DatasetMapper`.
+
+        Raises:
+            DatasetError: an image cannot be read, and none may be in its place.
+        """
+        record = dataset_dict
+        while True:
+            try:
+                return self._map(record)
+            except (OSError, ValueError, SyntaxError) as e:
+                problem = f"{record['file_name']} cannot be read: {e}"
+                if not (self.is_train and self.spares and self._num_broken < self.max_broken):
+                    raise DatasetError(problem) from e
+                self._num_broken += 1
+                logger.warning(
+                    f"{problem}. Another image takes its place, as at most {self.max_broken} "
+                    "times (DATALOADER.MAX_BROKEN_IMAGES)"
+                )
+                record = self.spares[self._num_broken % len(self.spares)]
+
+    def _map(self, record: dict[str, Any]) -> dict[str, Any]:
+        record = copy.deepcopy(record)
+        image = self._read(record["file_name"])
+        check_image_size(record, image)
+        if image.shape[2] > 3 or image.dtype != np.uint8:
+            # Pillow's resizing would take the fourth channel for a mask of the others.
+            image = image.astype(np.float32)
+        seen = T.AugInput(image)
+        transforms = self.augmentations(seen)
+        image = seen.image
+        record["image"] = torch.as_tensor(
+            np.require(image.transpose(2, 0, 1), requirements=("C", "W"))
+        )
+        if self.is_train and "annotations" in record:
+            self._transform_annotations(record, transforms, image.shape[:2])
+        record.pop("annotations", None)
+        return record
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        # After a crop, sizes do not tell it, and INCLUSIVE_CORNERS needs it.
+        resizes = [t for t in transforms.transforms if isinstance(t, T.ResizeTransform)]
+        dataset_dict["resize_factors"] = (
+            math.prod(t.new_w / t.w for t in resizes),
+            math.prod(t.new_h / t.h for t in resizes),
+        )
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+    def _read(self, path: str) -> Any:
+        try:
+            return self.reader.read(path)
+        except OSError:  # of a disk or a network, which may be back
+            time.sleep(_RETRY_SECONDS)
+            return self.reader.read(path)

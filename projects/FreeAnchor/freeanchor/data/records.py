@@ -1,0 +1,164 @@
+"""Records in Detectron2's standard format: checked, and as the truth of an evaluation."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.structures import BoxMode
+from numpy.typing import NDArray
+
+from ..errors import DatasetError
+from .fields import read_boxes, read_flags, read_ids
+from .findings import BOX_PROBLEMS, Findings, box_problems, check_plausible, show
+
+__all__ = ["check_records", "to_coco"]
+
+_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+
+
+def check_records(
+    records: Iterable[dict[str, Any]], name: str, num_classes: int
+) -> tuple[list[dict[str, Any]], Findings]:
+    """Check records that Python registered.
+
+    Args:
+        records: they, not changed.
+        name: of the data set, for messages.
+        num_classes: how many there are.
+
+    Returns:
+        New records without the boxes that cannot be used, and what was found. An annotation has
+        `iscrowd` and `area`, a record `image_id`.
+
+    Raises:
+        DatasetError: a record is not in the format, or most boxes cannot be used.
+    """
+    records = [dict(x) for x in records]
+    if not records:
+        raise DatasetError(f"{name} has no images")
+    for i, record in enumerate(records):
+        if not isinstance(record.get("file_name"), str):
+            raise DatasetError(
+                f"{name}: record {i + 1} has the file_name {show(record.get('file_name'))}"
+            )
+        record.setdefault("image_id", i)
+    read_ids([x["image_id"] for x in records], lambda i: f"{name}: {records[i]['file_name']}")
+    annotations = [a for x in records for a in x.get("annotations") or ()]
+    owners = [x for x in records for _ in x.get("annotations") or ()]
+    boxes, broken = _boxes(annotations, owners, name)
+    sizes = np.array(
+        [(x.get("width") or math.inf, x.get("height") or math.inf) for x in owners],
+        dtype=np.float64,
+    ).reshape(-1, 2)
+    problems = box_problems(boxes, sizes)
+    problems[broken] = 1
+    check_plausible(boxes, sizes, problems, name)
+    findings = Findings()
+    for kind in range(1, len(BOX_PROBLEMS)):
+        those = np.flatnonzero(problems == kind)
+        findings.add(
+            f"boxes are left out, where a `bbox` {BOX_PROBLEMS[kind]}",
+            len(those),
+            lambda those=those: (  # type: ignore[misc]
+                f"{owners[those[0]]['file_name']}: {show(annotations[those[0]].get('bbox'))}"
+            ),
+        )
+    _check_classes(annotations, owners, name, num_classes)
+    crowd, _ = read_flags([a.get("iscrowd") or a.get("ignore") or 0 for a in annotations])
+    checked = iter(zip(annotations, problems, boxes, crowd))
+    for record in records:
+        if record.get("annotations") is None:
+            record.pop("annotations", None)
+            continue
+        kept = []
+        for _ in record["annotations"]:
+            annotation, problem, box, is_crowd = next(checked)
+            if not problem:
+                area = annotation.get("area") or float(box[2] * box[3])
+                kept.append({**annotation, "iscrowd": int(is_crowd), "area": area})
+        record["annotations"] = kept
+    return records, findings
+
+
+def _boxes(
+    annotations: Sequence[dict[str, Any]], owners: Sequence[dict[str, Any]], name: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(M, 4) x, y, width, height, and (M,) which are not four numbers."""
+    values = []
+    for annotation, owner in zip(annotations, owners):
+        box: Any = annotation.get("bbox")
+        if hasattr(box, "tolist"):  # an array or a tensor
+            box = box.tolist()
+        mode = annotation.get("bbox_mode")
+        if mode not in _MODES:
+            raise DatasetError(
+                f"{name}: an annotation of {owner['file_name']} has the bbox_mode {show(mode)}: it "
+                "must be BoxMode.XYXY_ABS or BoxMode.XYWH_ABS"
+            )
+        values.append(list(box) if isinstance(box, tuple) else box)
+    boxes, broken = read_boxes(values)
+    is_corners = np.array([a["bbox_mode"] == BoxMode.XYXY_ABS for a in annotations], dtype=bool)
+    boxes[is_corners, 2:] -= boxes[is_corners, :2]
+    # Unlike a file, Python can give numbers that are no JSON: Detectron2 would not convert text.
+    text = [isinstance(x, list) and any(isinstance(v, str) for v in x) for x in values]
+    return boxes, broken | np.array(text, dtype=bool)
+
+
+def _check_classes(
+    annotations: Sequence[dict[str, Any]],
+    owners: Sequence[dict[str, Any]],
+    name: str,
+    num_classes: int,
+) -> None:
+    for annotation, owner in zip(annotations, owners):
+        category = annotation.get("category_id")
+        try:
+            is_known = 0 <= category < num_classes and int(category) == category  # type: ignore[operator, arg-type]
+        except (TypeError, ValueError):
+            is_known = False
+        if not is_known:
+            raise DatasetError(
+                f"{name}: an annotation of {owner['file_name']} has the category_id "
+                f"{show(category)}: it must be from 0 to {num_classes - 1}, as `thing_classes` "
+                f"has {num_classes} names"
+            )
+
+
+def to_coco(records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
+    """The truth of COCO's evaluation: the objects of checked records.
+
+    Args:
+        records: see :func:`check_records`.
+        class_names: of the model.
+
+    Returns:
+        A new COCO dict. Ids are 1, 2, ... in the order of records, classes and boxes; an image has
+        the user's as `original_id`. There are no `annotations` where the records have none.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, record in enumerate(records, 1):
+        image: dict[str, Any] = {
+            k: record[k] for k in ("file_name", "width", "height") if k in record
+        }
+        images.append({"id": image_id, **image, "original_id": record["image_id"]})
+        for a in record.get("annotations", ()):
+            box = BoxMode.convert(list(a["bbox"]), BoxMode(a["bbox_mode"]), BoxMode.XYWH_ABS)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(a["category_id"]) + 1,
+                    "bbox": [float(v) for v in box],
+                    "area": float(a["area"]),
+                    "iscrowd": int(a["iscrowd"]),
+                }
+            )
+    truth: dict[str, Any] = {
+        "images": images,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(class_names, 1)],
+    }
+    if any("annotations" in x for x in records):
+        truth["annotations"] = annotations
+    return truth

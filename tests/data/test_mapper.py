@@ -1,0 +1,109 @@
+"""From records to what the model takes: formats, depths, and images that break meanwhile."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from freeanchor import data
+from freeanchor.errors import DatasetError
+from PIL import Image
+
+PIXELS = {"L": 1, "RGBA": 4, "CMYK": 4}
+
+
+@pytest.fixture
+def records(dataset):
+    return DatasetCatalog.get(dataset[0])
+
+
+@pytest.mark.parametrize("image_format", ["L", "RGBA", "CMYK", "BGR", "YUV-BT.601"])
+def test_formats_from_the_image_to_the_stem(cfg, records, image_format):
+    """The model takes as many channels as the mapper gives, and the values are Pillow's."""
+    channels = data.num_channels(image_format)
+    cfg.INPUT.FORMAT = image_format
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0] * channels, [50.0] * channels
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.INPUT.RANDOM_FLIP = "none"
+    model = build_model(cfg)
+    assert model.backbone.bottom_up.stem.conv1.weight.shape[1] == channels
+    mapped = data.Mapper(cfg, is_train=True)(records[0])
+    assert mapped["image"].shape == (channels, 48, 64)
+    if image_format in PIXELS:
+        expected = np.asarray(Image.open(records[0]["file_name"]).convert(image_format))
+        expected = expected.reshape(48, 64, channels).transpose(2, 0, 1)
+        assert np.array_equal(mapped["image"].numpy(), expected)
+    losses = model([mapped, mapped])
+    assert all(x.isfinite() for x in losses.values())
+    test = data.Mapper(cfg, is_train=False)(records[0])
+    assert "annotations" not in test
+    model.eval()([test])
+
+
+def test_resizing_more_than_three_channels(cfg, records):
+    """Each channel by itself: the fourth is no mask of the others, as Pillow would have it."""
+    pixels = np.full((48, 64, 4), 200, dtype=np.uint8)
+    pixels[..., 3] = 0
+    Image.fromarray(pixels, "RGBA").save(records[0]["file_name"])
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = "RGBA", 30
+    image = data.Mapper(cfg, is_train=False)(records[0])["image"]
+    assert image.shape == (4, 30, 40)
+    assert (image[:3] - 200).abs().max() < 0.01
+    assert (image[3] == 0).all()
+
+
+def test_unknown_format():
+    """It says what there is."""
+    with pytest.raises(DatasetError, match=r"INPUT\.FORMAT 'BRG' is not known: it is BGR"):
+        data.num_channels("BRG")
+
+
+@pytest.fixture
+def broken(cfg, records):
+    """The records of a data set whose third image is damaged, which only decoding finds."""
+    path = Path(records[2]["file_name"])
+    content = path.read_bytes()
+    path.write_bytes(content[:41] + bytes([255] * 20) + content[61:])
+    return records
+
+
+def test_image_that_breaks_in_training(cfg, broken, caplog):
+    """Another one takes its place, with its name in the log; too many are an error."""
+    cfg.DATALOADER.MAX_BROKEN_IMAGES = 2
+    mapper = data.Mapper(cfg, is_train=True, spares=broken[:2])
+    with caplog.at_level(logging.WARNING, "freeanchor"):
+        for _ in range(2):
+            assert mapper(broken[2])["image_id"] in (1, 2)
+    assert caplog.text.count(f"{broken[2]['file_name']} cannot be read") == 2
+    assert "at most 2 times (DATALOADER.MAX_BROKEN_IMAGES)" in caplog.text
+    with pytest.raises(DatasetError, match=r"3\.png cannot be read"):
+        mapper(broken[2])
+
+
+def test_image_that_is_back_at_the_second_try(cfg, records, monkeypatch, caplog):
+    """A disk that fails once is no reason to take another image."""
+    tries = []
+    read = data.ImageReader.read
+
+    def fail_once(self, path):
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError("Input/output error")
+        return read(self, path)
+
+    monkeypatch.setattr(data.ImageReader, "read", fail_once)
+    assert data.Mapper(cfg, is_train=True, spares=records)(records[3])["image_id"] == 4
+    assert len(tries) == 2
+    assert "cannot be read" not in caplog.text
+
+
+@pytest.mark.parametrize("spares", [0, 3])
+def test_image_that_breaks_in_evaluation(cfg, broken, spares):
+    """No other one can take its place."""
+    mapper = data.Mapper(cfg, is_train=False, spares=broken[:spares])
+    with pytest.raises(DatasetError, match=r"3\.png cannot be read"):
+        mapper(broken[2])
