@@ -82,15 +82,11 @@ def _look_at_images(file: CocoFile, reader: ImageReader) -> list[ImageState]:
     # Not forked: PyTorch's threads would not survive it.
     context = multiprocessing.get_context("spawn")
     count = min(len(os.sched_getaffinity(0)), 1 + len(records) // _PER_PROCESS)
-    bar = tqdm(total=len(records), desc="images", unit="")
     if count == 1:
-        return [bar.update() or _look(x) for x in work]
-    with context.Pool(count) as pool, bar:
-        states = []
-        for state in pool.imap(_look, work, chunksize=16):
-            states.append(state)
-            bar.update()
-    return states
+        return [_look(x) for x in tqdm(work, desc="images", delay=1)]
+    with context.Pool(count) as pool:
+        found = pool.imap(_look, work, chunksize=16)
+        return list(tqdm(found, total=len(work), desc="images"))
 
 
 def _describe(file: CocoFile, cfg: CfgNode) -> list[str]:

@@ -171,7 +171,8 @@ def read_image(
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        # That of PNG's own class would decode all pixels first.
+        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF, which viewers ignore
         return 1
 

@@ -100,7 +100,7 @@ def import_voc(
 def _folder_of(source: Path, names: Sequence[str], suffix: Any, what: str) -> Path:
     """The folder, or one within it, that has files of a kind."""
     for folder in (*(source / name for name in names), source):
-        if folder.is_dir() and any(x.name.lower().endswith(suffix) for x in os.scandir(folder)):
+        if folder.is_dir() and any(x.lower().endswith(suffix) for x in os.listdir(folder)):
             return Path(os.path.normpath(folder))
     raise DatasetError(
         f"there are no {what} in {source}, nor in {' or '.join(filter(None, names))}"
