@@ -74,6 +74,7 @@ def test_config_is_the_official_one(path):
         "PRE_ANCHOR_TOPK": 50,
         "BBOX_THRESHOLD": 0.6,
         "BBOX_REG_WEIGHT": 0.75,
+        "CLASS_NAMES": [],
         "P6_IN_FEATURE": "res5",
         "P7_RELU": True,
         "INCLUSIVE_CORNERS": False,

@@ -3,15 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_anchor_generator
-from detectron2.structures import Boxes, pairwise_iou
 from freeanchor import data
 from freeanchor.__main__ import main
-from freeanchor.data.checking import best_anchor_iou
 
 
 def test_what_training_would_use(coco, capsys):
@@ -27,7 +21,7 @@ def test_what_training_would_use(coco, capsys):
     assert "boxes of each class: class 1 1, class 2 3, class 3 1" in out
     assert "sizes: small, up to 32 x 32 pixels: 100.0%" in out
     assert "longer over shorter side: <=2: 80.0%, 2..3: 0.0%, 3..5: 0.0%, >5: 20.0%" in out
-    assert "boxes that no anchor of the config overlaps by 0.3 at its test size: " in out
+    assert "boxes that no anchor of the config overlaps by 0.3: " in out
     assert Path(path).read_bytes() == before
     assert name
 
@@ -89,20 +83,3 @@ def test_several_processes(coco, cfg, monkeypatch):
     several, is_trainable = data.check_dataset(path, images, cfg)
     assert several == one
     assert not is_trainable
-
-
-def test_best_anchor(cfg):
-    """The nearest place of the grid is the best one: as with all anchors of the image."""
-    cfg.INPUT.MIN_SIZE_TEST = 96
-    rng = np.random.default_rng(0)
-    sides = np.exp(rng.uniform(np.log(2), np.log(60), (80, 2)))
-    sides = np.minimum(sides, [64, 48])
-    boxes = np.concatenate([rng.uniform(0, 1, (80, 2)) * ([64, 48] - sides), sides], axis=1)
-    names = cfg.MODEL.RETINANET.IN_FEATURES
-    strides = [2 ** int(x[1:]) for x in names]
-    generator = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
-    features = [torch.zeros(1, 1, -(-96 // s), -(-128 // s)) for s in strides]
-    corners = torch.tensor(np.hstack([boxes[:, :2], boxes[:, :2] + sides]) * 2).float()
-    expected = pairwise_iou(Boxes(corners), Boxes.cat(generator(features))).amax(dim=1)
-    found = best_anchor_iou(boxes, np.tile([64, 48], (80, 1)), cfg)
-    assert np.allclose(found, expected, atol=1e-5)

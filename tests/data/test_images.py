@@ -128,10 +128,11 @@ def deep(kind, path, largest=65535):
     [("PNG", 65535, 0.0), ("PNG", 4095, 4095.0), ("int", 10**6, 1e6), ("float", 0.8, 0.8)],
 )
 @pytest.mark.parametrize("image_format", ["L", "RGB"])
-def test_deep_images(tmp_path, kind, largest, max_value, image_format):
+def test_deep_images(cfg, tmp_path, kind, largest, max_value, image_format):
     """White is 65535, or what the key says; orientation holds for them too."""
     values = deep(kind, tmp_path / "a", largest)
-    pixels = data.read_image(str(tmp_path / "a"), image_format, max_value)
+    cfg.INPUT.MAX_VALUE = max_value
+    pixels = data.read_image(str(tmp_path / "a"), image_format, cfg)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels - values[..., None] * 255).max() <= 0.55
 
@@ -151,16 +152,17 @@ def test_deep_images_whose_white_is_unknown(coco):
     data.check_images([name])
 
 
-def test_image_that_is_too_large(coco):
+def test_image_that_is_too_large(cfg, coco):
     """The message has its size and the key; with the key it is read."""
     name, path, images = coco()
     data.register_datasets([(name, path, images)])
-    reader = data.ImageReader(max_pixels=3000)
+    cfg.INPUT.MAX_PIXELS = 3000
+    reader = data.ImageReader.from_config(cfg)
     expected = r"it has 64 x 48 = 3072 pixels, and INPUT\.MAX_PIXELS allows 3000"
     with pytest.raises(DatasetError, match=expected):
         data.check_images([name], reader)
     with pytest.raises(DatasetError, match=expected):
-        data.read_image(f"{images}/1.png", "RGB", max_pixels=3000)
+        data.read_image(f"{images}/1.png", "RGB", cfg)
     limit = Image.MAX_IMAGE_PIXELS
     data.check_images([name], data.ImageReader(max_pixels=3072))
     assert limit == Image.MAX_IMAGE_PIXELS

@@ -112,9 +112,7 @@ def _describe(file: CocoFile, cfg: CfgNode) -> list[str]:
     records = file.records(range(len(file.class_names)))
     iou = best_anchor_iou(training_boxes(records, cfg), cfg)
     share = (iou < _LEAST_IOU).mean()
-    lines.append(
-        f"boxes that no anchor of the config overlaps by {_LEAST_IOU}: {share:.1%}"
-    )
+    lines.append(f"boxes that no anchor of the config overlaps by {_LEAST_IOU}: {share:.1%}")
     return lines
 
 

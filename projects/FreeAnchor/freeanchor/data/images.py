@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -87,7 +87,8 @@ class ImageReader:
         """Read an image.
 
         Returns:
-            (H, W, C) array in the format of the reader, uint8 unless it is YUV-BT.601.
+            (H, W, C) array in the format of the reader: uint8, and float32 of YUV-BT.601 and of
+            more than three channels.
 
         Raises:
             OSError, ValueError, SyntaxError: it cannot be read; the message does not name it.
@@ -96,6 +97,9 @@ class ImageReader:
             pixels: NDArray[Any] = convert_PIL_to_numpy(
                 _as_seen(_to_8_bits(image, self.max_value)), self.format
             )
+            if pixels.shape[2] > 3 or pixels.dtype != np.uint8:
+                # Resizing by Pillow would take a fourth channel for a mask of the others.
+                return pixels.astype(np.float32)
             return pixels
 
     def size(self, path: str) -> tuple[int, int]:
@@ -155,17 +159,21 @@ class ImageReader:
                 yield f, image
 
 
-def read_image(
-    file_name: str, format: str, max_value: float = 0.0, max_pixels: int = _MOST_PIXELS
-) -> NDArray[Any]:
+def read_image(file_name: str, image_format: str, cfg: CfgNode | None = None) -> NDArray[Any]:
     """Read an image as the models see it, see :meth:`ImageReader.read`.
+
+    Args:
+        file_name: its path.
+        image_format: of the result.
+        cfg: whose other keys hold, by default their default values.
 
     Raises:
         DatasetError: it cannot be read.
     """
     try:
-        return ImageReader(format, max_value, max_pixels).read(file_name)
-    except (OSError, ValueError, SyntaxError) as e:
+        reader = ImageReader() if cfg is None else ImageReader.from_config(cfg)
+        return replace(reader, format=image_format).read(file_name)
+    except Exception as e:  # Pillow's decoders raise many kinds
         raise DatasetError(f"{file_name} cannot be read: {e}") from e
 
 

@@ -89,9 +89,6 @@ class Mapper(DatasetMapper):
         record = copy.deepcopy(record)
         image = self._read(record["file_name"])
         check_image_size(record, image)
-        if image.shape[2] > 3 or image.dtype != np.uint8:
-            # Pillow's resizing would take the fourth channel for a mask of the others.
-            image = image.astype(np.float32)
         seen = T.AugInput(image)
         transforms = self.augmentations(seen)
         image = seen.image

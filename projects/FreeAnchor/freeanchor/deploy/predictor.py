@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.structures import Instances
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpointer
 from ..config import merge_options
+from ..data import read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
 from ..modeling import MultiScaleTest
 from .checkpoints import class_names, find_checkpoint
@@ -164,7 +164,7 @@ class Predictor:
         batch: list[_Read | FreeAnchorError] = []
         for image in islice(images, self.batch_size):
             try:
-                pixels = _pixels(image)
+                pixels = _pixels(image, self.cfg)
                 batch.append(_Read(image, pixels, self.to_input(pixels)))
             except FreeAnchorError as e:
                 batch.append(e)
@@ -211,13 +211,10 @@ class _Read(NamedTuple):
     input: dict[str, Any]
 
 
-def _pixels(image: str | Path | Image) -> Image:
+def _pixels(image: str | Path | Image, cfg: CfgNode) -> Image:
     """(H, W, 3) uint8 BGR pixels."""
     if isinstance(image, (str, Path)):
-        try:
-            return np.asarray(read_image(str(image), "BGR"))
-        except Exception as e:  # Pillow's decoders raise many kinds
-            raise DatasetError(f"{image} cannot be read: {e}") from e
+        return read_image(str(image), "BGR", cfg)
     if (
         not isinstance(image, np.ndarray)
         or image.dtype != np.uint8

@@ -11,7 +11,7 @@ from detectron2.evaluation import DatasetEvaluators
 from torch import nn
 
 from ..checkpoint import Checkpointer
-from ..data import Mapper, load_training_set
+from ..data import ImageReader, Mapper, load_training_set
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator
 from ..modeling import FreeAnchor, MultiScaleTest
 from ..paths import file_stem
@@ -49,7 +49,7 @@ class Trainer(DefaultTrainer):
             logger.info("Evaluating with test-time augmentation")
             augmented = super().test(
                 cfg,
-                MultiScaleTest(cfg, model),
+                MultiScaleTest(cfg, model, ImageReader.from_config(cfg).read),
                 [_box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
             )
             several = len(cfg.DATASETS.TEST) > 1  # then the tasks are under the data sets

@@ -1,5 +1,7 @@
 """Multi-scale and flip testing of dense detectors, for which Detectron2 has none."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,18 @@ class MultiScaleTest(nn.Module):
     their file, or from the given image where there is no `file_name`.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        read: Callable[[str], np.ndarray[Any, Any]] | None = None,
+    ) -> None:
         """Wrap a model.
 
         Args:
             cfg: the config.
             model: a RetinaNet or FreeAnchor, possibly in DistributedDataParallel.
+            read: reads the (H, W, C) pixels of a file, by default as Detectron2 does.
 
         Raises:
             TypeError: it is another model.
@@ -45,6 +53,7 @@ class MultiScaleTest(nn.Module):
         if not aug.MIN_SIZES:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: name a size of the shorter side")
         self.model = dense_detector(model)
+        self.read = read or partial(read_image, format=self.model.input_format)
         self.inclusive_corners = getattr(self.model, "inclusive_corners", False)
         self.flips = (False, True) if aug.FLIP else (False,)
         self.resizes = [
@@ -80,7 +89,7 @@ class MultiScaleTest(nn.Module):
     def _read(self, image: dict[str, Any]) -> np.ndarray[Any, Any]:
         """(H, W, C) pixels, as `TEST.AUG` is to resize them."""
         if "file_name" in image:
-            pixels = read_image(image["file_name"], self.model.input_format)
+            pixels = self.read(image["file_name"])
         else:
             pixels = image["image"].permute(1, 2, 0).numpy()
         return np.asarray(pixels)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from ..data import read_image
 from ..modeling import Matching
 from .labels import make_legible
 
@@ -30,7 +31,11 @@ _CURVES = (
 
 
 def draw_detections(
-    record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any, score_thresh: float
+    record: dict[str, Any],
+    detections: list[dict[str, Any]],
+    metadata: Any,
+    score_thresh: float,
+    cfg: CfgNode | None = None,
 ) -> NDArray[Any]:
     """Draw the ground truth of an image and, to its right, its detections; below it for a strip.
 
@@ -39,12 +44,13 @@ def draw_detections(
         detections: its detections in COCO's result format.
         metadata: classes of the data set, and its `thing_dataset_id_to_contiguous_id`.
         score_thresh: detections with a lower score are left out.
+        cfg: of the run, for how images are read.
 
     Returns:
         (H, 2 * W, 3) uint8 RGB image, where small images are enlarged; (2 * H, W, 3) if an image is
         more than twice as wide as it is high.
     """
-    image = read_image(record["file_name"], "RGB")
+    image = read_image(record["file_name"], "RGB", cfg)
     truth = [
         (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
         for a in record.get("annotations", ())

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from numpy.typing import NDArray
 
+from ..data import read_image
 from ..modeling import Matching
 from .outcomes import FALSE_POSITIVES, count_errors
 from .page import data_element, encode_picture
@@ -86,7 +86,7 @@ def gallery(
     bag_bytes = _BAG_SHARE * max_bytes
     images = []
     for i in chosen:
-        pixels = read_image(data.records[i]["file_name"], "RGB")
+        pixels = read_image(data.records[i]["file_name"], "RGB", runs[0].cfg)
         truth = data.truth[i]
         bags: list[dict[int, Any]] = [{} for _ in runs]
         for of_run, into in zip(matchings, bags):

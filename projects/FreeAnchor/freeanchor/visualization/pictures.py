@@ -107,7 +107,7 @@ def write_pictures(
         stems = [file_stem(f"{name}_{record['image_id']}") for record in chosen]
         for record, stem in zip(chosen, stems):
             drawn = draw_detections(
-                record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh
+                record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh, cfg
             )
             Image.fromarray(drawn).save(pictures / f"{stem}.png")
         if checkpoints:
