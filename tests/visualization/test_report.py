@@ -208,7 +208,7 @@ def test_page_of_two_runs(run, tmp_path):
     assert path == output / "report.html"
     page = Page(path)
     assert page.open == []
-    assert "AP 12.3 56.8 AP50" in page.text
+    assert "run a <run> other AP 12.3 56.8 AP50" in page.text
     assert "AP a <run> AP other AR a <run> AR other <=2 41.5 41.5 42.5 42.5" in page.text
     assert re.search(r"Only in other:\s+OUTPUT_DIR: .*other\s+BASE_LR: 0.123\s+All keys", page.text)
     (viewer,) = page.viewers

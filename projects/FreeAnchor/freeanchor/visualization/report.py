@@ -46,14 +46,18 @@ def _scores(runs: Sequence[Run], data: Dataset) -> list[str]:
     if not any(evaluated):
         return ["<p>The run was not evaluated while it trained.</p>"]
     last = [r[-1] if r else {} for r in evaluated]
-    parts = ['<div class="figures">']
-    for label, key in _FIGURES:
-        if any(key in r for r in last):
-            values = [f"<b>{number(last[0].get(key))}</b>"]
-            values += [f'<b class="second">{number(r.get(key))}</b>' for r in last[1:]]
-            parts.append(f"<div>{label}{''.join(values)}</div>")
-    parts.append('</div><div class="grid">')
     names = [run.name for run in runs] if len(runs) > 1 else [""]
+    columns = [("run", names)] if len(runs) > 1 else []
+    columns += [
+        (label, [number(r.get(key)) for r in last])
+        for label, key in _FIGURES
+        if any(key in r for r in last)
+    ]
+    parts = ['<div class="figures">']
+    for label, (first, *others) in columns:
+        seconds = "".join(f'<b class="second">{html.escape(x)}</b>' for x in others)
+        parts.append(f"<div>{label}<b>{html.escape(first)}</b>{seconds}</div>")
+    parts.append('</div><div class="grid">')
 
     def add(title: str, keys: Sequence[tuple[str, Sequence[str]]], metrics: Sequence[str]) -> None:
         """A table with a row for each (label, keys of its metrics) and columns for each run."""

@@ -196,7 +196,7 @@ const { Picture, Dom } = (() => {
     }
 
     say(entry) {
-      if (entry && !this.bag && !this.draft) this.info.textContent = entry.text;
+      if (entry && entry.key !== this.active && !this.bag && !this.draft) this.info.textContent = entry.text;
     }
 
     redraw() {
@@ -259,7 +259,8 @@ const { Picture, Dom } = (() => {
         this.active = this.keys[now < 0 && step < 0 ? last : (next + last + 1) % (last + 1)] ?? null;
         this.bag = null;
         this.redraw();
-        this.say(this.shownEntries.find((e) => e.key === this.active));
+        const entry = this.shownEntries.find((e) => e.key === this.active);
+        this.info.textContent = entry ? entry.text : "";
       } else return;
       event.preventDefault();
     }
