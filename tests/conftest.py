@@ -203,15 +203,18 @@ def images():
     ]
 
 
-def assert_same(a, b, atol=1e-4):
-    """Two Instances hold the same detections, ties aside."""
+def assert_same(a, b, atol=1e-4, share=0.0):
+    """Two Instances hold the same detections, in whatever order equal scores are.
+
+    A share of them may differ: where rounding decides NMS, one detection stands for another.
+    """
     assert a.image_size == b.image_size
-    assert len(a) == len(b)
-    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=atol)
-    order_a, order_b = (
-        sorted(range(len(x)), key=lambda i: [*x.pred_boxes.tensor[i].round(decimals=1).tolist()])
-        for x in (a, b)
-    )
-    a, b = a[order_a], b[order_b]
-    assert a.pred_classes.tolist() == b.pred_classes.tolist()
-    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=100 * atol)
+    assert abs(len(a) - len(b)) <= share * len(b)
+    if len(a) and len(b):
+        rows_a, rows_b = (
+            torch.cat([x.pred_boxes.tensor / 100, x.scores[:, None], x.pred_classes[:, None]], 1)
+            for x in (a, b)
+        )
+        distance = torch.cdist(rows_a, rows_b, p=torch.inf)
+        assert (distance.amin(0) > atol).sum() <= share * len(b)
+        assert (distance.amin(1) > atol).sum() <= share * len(a)

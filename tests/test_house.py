@@ -134,7 +134,7 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert {"visualize", "report", "convert", "predict", "shapes"} <= set(commands)
+    assert {"visualize", "report", "convert", "export", "predict", "shapes"} <= set(commands)
     for command in commands:
         with pytest.raises(SystemExit) as status:
             main([command, "--help"])

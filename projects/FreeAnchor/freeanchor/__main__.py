@@ -281,6 +281,31 @@ def _serve(args: argparse.Namespace) -> None:
     serve(load, args.confidence, args.host, args.port, limits)
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--format", default="onnx", choices=["onnx", "torchscript", "torch-export"])
+    parser.add_argument(
+        "--no-nms",
+        action="store_true",
+        help="boxes and scores of all anchors, instead of detections",
+    )
+    parser.add_argument(
+        "--confidence", type=float, default=0.05, help="least score (default: 0.05)"
+    )
+    add_options_argument(parser, "the config of the model")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .deploy import Predictor, export
+
+    predictor = Predictor(
+        args.model, args.weights, confidence=args.confidence, device="cpu", options=args.opts
+    )
+    export(predictor, args.out, args.format, nms=not args.no_nms)
+    print(f"Wrote {args.out}")
+
+
 _Command = tuple[
     str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
 ]
@@ -304,6 +329,7 @@ _COMMANDS: dict[str, _Command] = {
         _import,
     ),
     "check": ("look at a data set before it is trained on", _add_check, _check),
+    "export": ("write a model for other runtimes", _add_export, _export),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }

@@ -1,0 +1,145 @@
+"""A trained model as a file for other runtimes: `freeanchor export MODEL FILE`.
+
+The files need neither this package nor Detectron2; what :class:`Detector` says of inputs and
+outputs holds for all of them.
+"""
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError, FreeAnchorError
+from ..modeling import fold_batch_norm
+from .graph import Detector
+from .predictor import Predictor
+
+__all__ = ["FORMATS", "export", "metadata"]
+
+_OPSET = 17
+# torch.export takes a size of 1 for special, and sizes of P7 are those of the image over 128.
+_LEAST_SIZE = 129
+_MOST_SIZE = 8192
+
+
+def metadata(predictor: Predictor, nms: bool = True) -> dict[str, Any]:
+    """What a user of an exported file has to know, and that is put into it."""
+    cfg, model = predictor.cfg, predictor.model
+    outputs = ["boxes", "scores", "labels"] if nms else ["boxes", "scores"]
+    found = {
+        "class_names": predictor.class_names,
+        "input": "images: (N, H, W, 3) uint8, BGR",
+        "outputs": outputs,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),  # applied by the file, in the order below
+        "pixel_std": list(cfg.MODEL.PIXEL_STD),
+        "pixel_order": cfg.INPUT.FORMAT,
+        "size_divisibility": model.backbone.size_divisibility,  # padded by the file
+        "inclusive_corners": cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS,
+    }
+    if nms:
+        found["score_threshold"] = model.test_score_thresh
+        found["nms_threshold"] = model.test_nms_thresh
+        found["topk_candidates"] = model.test_topk_candidates
+        found["max_detections"] = model.max_detections_per_image
+    return found
+
+
+def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool = True) -> None:
+    """Write a trained model for other runtimes, as a whole or not at all.
+
+    Args:
+        predictor: the model. Its confidence becomes the threshold of the file.
+        path: the file.
+        kind: one of :data:`FORMATS`.
+        nms: whether the file returns detections, or what all anchors predict.
+
+    Raises:
+        FreeAnchorError: an unknown format, a package is missing, or the file cannot be written.
+    """
+    if kind not in FORMATS:
+        raise FreeAnchorError(f"there is no format {kind}, only {', '.join(FORMATS)}")
+    path = Path(path)
+    model = copy.deepcopy(predictor.model).float().cpu()
+    fold_batch_norm(model)
+    detector = Detector(model, predictor.cfg.INPUT.FORMAT == "RGB", nms, kind == "onnx").eval()
+    detector.requires_grad_(False)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e}") from e
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Of values that tracing makes constant: none of them depends on the image.
+            warnings.simplefilter("ignore")
+            FORMATS[kind](detector, metadata(predictor, nms), unfinished)
+        unfinished.replace(path)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e}") from e
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _example(detector: Detector) -> Tensor:
+    # Of a size that is no multiple of the stride, so that padding is part of the graph.
+    return torch.randint(0, 256, (2, 300, 420, 3), dtype=torch.uint8)
+
+
+def _onnx(detector: Detector, about: dict[str, Any], path: Path) -> None:
+    try:
+        import onnx
+    except ModuleNotFoundError as e:
+        raise FreeAnchorError("to export ONNX, install onnx: pip install freeanchor[export]") from e
+    outputs: list[str] = about["outputs"]
+    torch.onnx.export(
+        detector,
+        (_example(detector),),
+        path,
+        # By tracing. The newer exporter makes sizes of images a condition.
+        dynamo=False,
+        opset_version=_OPSET,
+        input_names=["images"],
+        output_names=outputs,
+        dynamic_axes={
+            "images": {0: "batch", 1: "height", 2: "width"},
+            **{name: {0: "batch"} for name in outputs},
+        },
+    )
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
+    onnx.save(proto, path)
+    onnx.checker.check_model(path)
+
+
+def _torchscript(detector: Detector, about: dict[str, Any], path: Path) -> None:
+    traced = torch.jit.trace(detector, (_example(detector),), check_trace=False)
+    torch.jit.save(traced, path, _extra_files={"metadata.json": json.dumps(about)})
+
+
+def _torch_export(detector: Detector, about: dict[str, Any], path: Path) -> None:
+    size = {"min": _LEAST_SIZE, "max": _MOST_SIZE}
+    dims = [torch.export.Dim("batch"), *(torch.export.Dim(x, **size) for x in ("height", "width"))]
+    program = torch.export.export(
+        detector,
+        (_example(detector),),
+        dynamic_shapes=(dict(enumerate(dims)),),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    about = {**about, "least_size": _LEAST_SIZE}
+    with path.open("wb") as f:
+        torch.export.save(program, f, extra_files={"metadata.json": json.dumps(about)})
+
+
+FORMATS: dict[str, Callable[[Detector, dict[str, Any], Path], None]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "torch-export": _torch_export,
+}
