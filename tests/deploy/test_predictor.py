@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_same
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import pairwise_iou
 from freeanchor.checkpoint import read_checkpoint, write_checkpoint
 from freeanchor.config import read_config
 from freeanchor.deploy import Predictor
@@ -107,6 +108,29 @@ def test_aug(run_folder, images):
     )
     for a, b in zip(plain, augmented, strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_precision(run_folder, predictor, images, layout):
+    """In bfloat16 the same objects are found, about where and about as sure."""
+    options = ["TEST.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
+    options += ["MODEL.MEMORY_FORMAT", layout]
+    fast = Predictor(run_folder, confidence=0.05, device="cpu", options=options)
+    assert next(fast.model.parameters()).dtype == torch.bfloat16
+    for a, b in zip(fast(images), predictor(images), strict=True):
+        iou = pairwise_iou(a.pred_boxes, b.pred_boxes).amax(1)
+        assert iou.median() > 0.9
+        assert abs(a.scores[0] - b.scores[0]) < 0.1
+
+
+def test_wrong_precision(run_folder):
+    """Values that the device cannot have, or that nothing has, are named."""
+    for options, message in (
+        (["SOLVER.AMP.PRECISION", "float16"], "PRECISION must be auto, bfloat16 or, on a GPU"),
+        (["MODEL.MEMORY_FORMAT", "NHWC"], "must be auto, contiguous or channels_last, got 'NHWC'"),
+    ):
+        with pytest.raises(FreeAnchorError, match=message):
+            Predictor(run_folder, device="cpu", options=options)
 
 
 def test_sources(run_folder, predictor, images, tmp_path):

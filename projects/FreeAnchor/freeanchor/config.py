@@ -68,6 +68,15 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NORM = ""
     # Rate of stochastic depth, for models that have it.
     cfg.MODEL.TIMM.DROP_PATH = 0.0
+
+    # The dtype of SOLVER.AMP: "bfloat16", "float16", or "auto": float16 on a GPU, and on a CPU
+    # bfloat16 where it has instructions for it, float32 elsewhere.
+    cfg.SOLVER.AMP.PRECISION = "auto"
+    # How images and weights lie in memory: "contiguous" (NCHW), "channels_last" (NHWC), or "auto",
+    # which is channels_last where that was measured to be faster: in bfloat16 on a CPU.
+    cfg.MODEL.MEMORY_FORMAT = "auto"
+    # Whether torch.compile compiles backbone and head. It takes minutes before the first iteration.
+    cfg.MODEL.COMPILE = False
     # The value of 16-bit, 32-bit and float images that becomes 255; 0: 65535 for 16 bits, and the
     # others are refused.
     cfg.INPUT.MAX_VALUE = 0.0
@@ -77,6 +86,8 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # that loads data, before it is an error.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
+    # Evaluate in the precision of SOLVER.AMP too; boxes, scores and NMS stay in float32.
+    cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.

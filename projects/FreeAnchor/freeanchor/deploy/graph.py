@@ -70,8 +70,8 @@ class Detector(nn.Module):
         """Boxes (N, k, 4), scores (N, k) and classes (N, k) of the candidates of a level."""
         model = self.model
         num_images, width = logits.shape[0], logits.shape[3]
-        logits = logits.view(num_images, -1, model.num_classes, logits.shape[2] * width)
-        deltas = deltas.view(num_images, -1, 4, logits.shape[3])
+        logits = logits.reshape(num_images, -1, model.num_classes, logits.shape[2] * width)
+        deltas = deltas.reshape(num_images, -1, 4, logits.shape[3])
         if not self.nms:
             index = torch.arange(logits.shape[1] * logits.shape[3], device=logits.device)
             index = index.expand(num_images, -1)

@@ -19,7 +19,7 @@ from ..checkpoint import Checkpointer
 from ..config import merge_options
 from ..data import read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
-from ..modeling import MultiScaleTest
+from ..modeling import MultiScaleTest, inference_settings, optimize_inference
 from .checkpoints import class_names, find_checkpoint
 
 __all__ = ["Predictor"]
@@ -79,6 +79,7 @@ class Predictor:
         cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence
         cfg.freeze()
+        settings = inference_settings(cfg)
         self.cfg, self.confidence, self.batch_size = cfg, confidence, batch_size
         self.class_names = class_names(cfg)
         wanted = self._indices(classes)  # before the model is built
@@ -93,6 +94,7 @@ class Predictor:
         Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         if classes:
             self._detect_only(wanted)
+        optimize_inference(self.model, *settings)
         self._run = MultiScaleTest(cfg, self.model) if aug else self.model
         # Detectron2's batch norm of heads counts the levels that it has seen.
         self._lock = threading.Lock()

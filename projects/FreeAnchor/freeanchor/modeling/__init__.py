@@ -4,7 +4,7 @@ from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
 from .inference import candidates, dense_detector, detect
 from .meta_arch import FreeAnchor, Matching
-from .optimize import fold_batch_norm, optimize_inference
+from .optimize import fold_batch_norm, inference_settings, optimize_inference
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
 
@@ -20,5 +20,6 @@ __all__ = [
     "dense_detector",
     "detect",
     "fold_batch_norm",
+    "inference_settings",
     "optimize_inference",
 ]
