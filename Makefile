@@ -19,11 +19,12 @@ ifneq ($(shell command -v nvcc),)
 export CUDA_HOME ?= $(realpath $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$$ TOP=//p'))
 endif
 
-.PHONY: help setup demo test lint cuda
+.PHONY: help setup demo test lint cuda emulator-asan
 help:
 	@echo "make setup   a private environment in $(VENV), with PyTorch and Detectron2"
 	@echo "make demo    train on the embedded data set, evaluate, draw the detections"
 	@echo "make test    run the tests; with DETECTRON2=FOLDER, on a checkout of Detectron2"
+	@echo "make emulator-asan  the CUDA kernels on an emulated GPU that checks every access"
 	@echo "make cuda    compile the CUDA kernels, also where there is no GPU"
 	@echo "make lint    check style and types"
 
@@ -113,6 +114,13 @@ endif
 test: setup checkout
 	@$(PY) -m pytest
 	@PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m pytest -p reference tests/layers tests/modeling/test_meta_arch.py
+	@PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m pytest -p emulated tests/layers tests/emulator
+
+# The kernels of CUDA on the emulated GPU, with every access of memory checked.
+emulator-asan: setup
+	@PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} EMULATOR_MODE=address ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	$(PY) -m pytest -p emulated tests/layers/test_kernels.py tests/layers/test_refusals.py
 
 lint: setup
 	@$(PY) -m ruff check

@@ -1,15 +1,18 @@
 """The extension module. All else is in setup.cfg.
 
-Without PyTorch in the build environment (`pip install` isolates builds unless it is told not to)
-there is no extension, and FreeAnchor runs on the PyTorch reference of its operators. The CUDA
-kernels are built where there are nvcc and a GPU; FORCE_CUDA=1 or 0 decides otherwise.
+Without PyTorch in the build environment (`pip install` isolates builds unless it is told not to),
+or with a compiler that does not understand GCC's flags, there is no extension, and FreeAnchor runs
+on the PyTorch reference of its operators. The CUDA kernels are built where there are nvcc and a
+GPU; FORCE_CUDA=1 or 0 decides otherwise.
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 CSRC = Path("projects/FreeAnchor/freeanchor/layers/csrc")
 
@@ -35,6 +38,30 @@ else:
     }
     if sys.platform == "linux":
         flags["cxx"].append("-fopenmp")  # PyTorch's own threads, at::parallel_for
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Does without the extension where the compiler cannot make it."""
+
+        def build_extensions(self):
+            if self.extensions and not self.understands_flags():
+                print(
+                    "freeanchor: the C++ compiler does not understand the flags of GCC, so no "
+                    "extension is built, and the PyTorch reference of the operators will run"
+                )
+                self.extensions = []
+            if self.extensions:
+                super().build_extensions()
+
+        def understands_flags(self):
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder) / "probe.cpp"
+                source.write_text("float f(float a) { return __builtin_fmaf(a, a, a); }\n")
+                try:
+                    self.compiler.compile([str(source)], folder, extra_postargs=flags["cxx"])
+                except (CompileError, OSError):
+                    return False
+            return True
+
     setup(
         ext_modules=[
             extension(
@@ -45,6 +72,6 @@ else:
                 depends=sorted(map(str, [*CSRC.glob("**/*.h"), *CSRC.glob("**/*.cuh")])),
             )
         ],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -9,11 +9,11 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, pairwise_iou
 from freeanchor.layers import matching, ops
+from freeanchor.layers.matching import BoxCoding, Objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-CLAMP = math.log(1000 / 16)
+CODING = BoxCoding((10.0, 10.0, 5.0, 5.0), math.log(1000 / 16))
 
 
 def random_boxes(count, size=64.0):
@@ -26,12 +26,9 @@ def box_prob(predicted, gt_boxes, gt_classes, num_classes, threshold, module=ops
     return module.box_prob(
         [torch.zeros_like(predicted)[None]],
         [predicted],
-        gt_boxes,
-        gt_classes,
-        [len(gt_boxes)],
+        Objects(gt_boxes, gt_classes, torch.zeros_like(gt_classes)),
         num_classes,
-        WEIGHTS,
-        CLAMP,
+        CODING,
         threshold,
     )
 
@@ -52,22 +49,22 @@ def test_box_iou_of_boxes_without_area_is_zero():
 def test_encode_and_decode_are_detectron2s():
     """The transforms agree with `Box2BoxTransform` and undo each other."""
     anchors, boxes = random_boxes(30), random_boxes(30)
-    transform = Box2BoxTransform(WEIGHTS)
-    deltas = matching.encode_boxes(boxes, anchors, WEIGHTS)
+    transform = Box2BoxTransform(CODING.weights)
+    deltas = matching.encode_boxes(boxes, anchors, CODING.weights)
     torch.testing.assert_close(deltas, transform.get_deltas(anchors, boxes))
     wild = torch.randn(30, 4) * 30  # beyond the clamp too
     torch.testing.assert_close(
-        matching.decode_boxes(wild, anchors, WEIGHTS, CLAMP), transform.apply_deltas(wild, anchors)
+        matching.decode_boxes(wild, anchors, CODING), transform.apply_deltas(wild, anchors)
     )
     torch.testing.assert_close(
-        matching.decode_boxes(deltas, anchors, WEIGHTS, CLAMP), boxes, atol=1e-4, rtol=1e-5
+        matching.decode_boxes(deltas, anchors, CODING), boxes, atol=1e-4, rtol=1e-5
     )
 
 
 def test_encode_of_a_box_without_area_is_finite():
     """Trap 13: log(0) must not reach the loss."""
     point = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
-    assert matching.encode_boxes(point, random_boxes(1), WEIGHTS).isfinite().all()
+    assert matching.encode_boxes(point, random_boxes(1), CODING.weights).isfinite().all()
 
 
 def test_bag_is_the_papers():
@@ -265,6 +262,7 @@ def test_box_prob_survives_broken_predictions():
     deltas = torch.zeros(1, 5, 4)
     for i, value in enumerate((math.nan, math.inf, -math.inf, 1e30)):
         deltas[0, i] = value
-    target = anchors[:1], torch.tensor([0]), [1], 1
-    result = ops.box_prob([deltas], [anchors], *target, WEIGHTS, CLAMP, 0.6)
+    zero = torch.tensor([0])
+    target = Objects(anchors[:1], zero, zero)
+    result = ops.box_prob([deltas], [anchors], target, 1, CODING, 0.6)
     assert dense(result, 5, 1).flatten().tolist() == [0, 0, 0, 0, 1]

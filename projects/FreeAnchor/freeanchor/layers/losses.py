@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matching import locate, take
+from .matching import BoxCoding, Objects, box_prob, locate, take
 
 # Elements per step of the dense sum: temporaries that stay in a CPU's cache, and few launches on
 # a GPU.
@@ -51,37 +51,73 @@ def positive_bag_loss(log_prob: Tensor) -> Tensor:
 @torch.no_grad()
 def negative_bag_loss(
     logits: Sequence[Tensor],
-    cells: Tensor,
-    prob: Tensor,
-    bag: Tensor,
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    gt_boxes: Tensor,
+    gt_classes: Tensor,
+    gt_images: Tensor,
+    coding: Sequence[float],
+    threshold: float,
     gamma: float,
-    scale: float,
-    grad_scale: float,
+    scale: Tensor,
+    grad_scale: Tensor,
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Precision loss: the focal loss of every anchor and class, as far as it is background.
 
     The sum over all cells of q^gamma * -log(1 - q) with q = P^cls * (1 - P{a in A+}) (paper,
-    section 3.3), and its gradient in the same pass over the logits. The sum does not depend on
-    their order, so they are read as they lie in memory, as if P{a in A+} were 0 everywhere, and
-    the few cells where it is not are put right afterwards. Arithmetic is in logit space, so a
-    false positive with a saturated sigmoid still gets its gradient, and in float32 for half
-    precision logits.
+    section 3.3), and its gradient.
 
     Args:
         logits: L levels (N, ..., C) of class logits.
-        cells: (S,) int64 distinct indices of the elements of the levels where P{a in A+} is not 0.
-        prob: (S,) P{a in A+} there, see :func:`freeanchor.layers.matching.box_prob`.
-        bag: int64 indices of the logits that the positive loss needs, of any shape.
+        deltas: L levels (N, ..., 4) of predicted deltas.
+        anchors: L levels of the anchors, (R_l, 4) or (H, W, A, 4).
+        gt_boxes: (M, 4) boxes, see :class:`Objects`.
+        gt_classes: (M,) their classes.
+        gt_images: (M,) their images.
+        coding: the numbers of a :class:`BoxCoding`, one after the other.
+        threshold: as for :func:`freeanchor.layers.matching.box_prob`.
         gamma: focusing parameter, at least 1.
-        scale: factor of the loss.
-        grad_scale: factor of the gradient.
+        scale: scalar factor of the loss.
+        grad_scale: scalar factor of the gradient.
         grads: where to write the gradient times `grad_scale`: a tensor for each level, of its shape
             and memory layout, or none if the gradient is not wanted.
 
     Returns:
-        Tuple of the scalar loss times `scale`, and the logits at `bag`. Both are in float32 or
-        better.
+        Tuple of the scalar loss times `scale`, and the (M,) highest IoUs of `box_prob`. They are in
+        float32 or better.
+    """
+    objects = Objects(gt_boxes, gt_classes, gt_images)
+    *weights, clamp = coding
+    box_coding = BoxCoding(tuple(weights), clamp)  # type: ignore[arg-type]
+    num_classes = logits[0].shape[-1]
+    cells, prob, max_iou = box_prob(deltas, anchors, objects, num_classes, box_coding, threshold)
+    total = background_loss(logits, cells, prob, gamma, grad_scale, grads)
+    return (total * scale).to(scale.dtype), max_iou
+
+
+def background_loss(
+    logits: Sequence[Tensor],
+    cells: Tensor,
+    prob: Tensor,
+    gamma: float,
+    grad_scale: Tensor,
+    grads: Sequence[Tensor],
+) -> Tensor:
+    """:func:`negative_bag_loss` for known P{a in A+}: a sum in float64, without its scale.
+
+    The sum does not depend on the order of the logits, so they are read as they lie in memory, as
+    if P{a in A+} were 0 everywhere, and the few cells where it is not are put right afterwards.
+    Arithmetic is in logit space, so a false positive with a saturated sigmoid still gets its
+    gradient, and in float32 for half precision logits.
+
+    Args:
+        logits: as for :func:`negative_bag_loss`.
+        cells: (S,) int64 distinct indices of the elements of the levels where P{a in A+} is not 0.
+        prob: (S,) P{a in A+} there.
+        gamma: as for :func:`negative_bag_loss`.
+        grad_scale: as for :func:`negative_bag_loss`.
+        grads: as for :func:`negative_bag_loss`.
     """
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=logits[0].device)
@@ -112,7 +148,7 @@ def negative_bag_loss(
     if grads:
         for grad, here, position in locate(grads, cells):
             grad[position] = slope[here].to(grad.dtype)
-    return (total * scale).to(dtype), take(logits, bag, "bag")
+    return total
 
 
 def _background(x: Tensor, prob: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

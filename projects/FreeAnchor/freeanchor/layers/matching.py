@@ -16,7 +16,8 @@ it, and a level is a view into whatever memory layout the head chose: (N, H, W, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,45 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 20
 
 
+class Objects(NamedTuple):
+    """The M objects of a batch, those of the first image first.
+
+    Attributes:
+        boxes: (M, 4) boxes.
+        classes: (M,) int64 classes in [0, C).
+        images: (M,) int64 indices n of their images, which never decrease.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    images: Tensor
+
+
+class BoxCoding(NamedTuple):
+    """How deltas describe boxes, as in Detectron2's `Box2BoxTransform`.
+
+    Attributes:
+        weights: factors of (dx, dy, dw, dh), `MODEL.RETINANET.BBOX_REG_WEIGHTS`.
+        scale_clamp: upper bound of the log scales dw and dh, without their weights.
+    """
+
+    weights: tuple[float, float, float, float]
+    scale_clamp: float
+
+
 def _check_boxes(name: str, boxes: Tensor) -> None:
     size = boxes[:, 2:] - boxes[:, :2]  # NaN or inf if a coordinate is
     if not bool(((size >= 0) & (size < math.inf)).all()):
         raise ValueError(f"{name} must have finite coordinates with x1 <= x2 and y1 <= y2")
+
+
+def _check_objects(objects: Objects, num_images: int, num_classes: int) -> None:
+    _check_boxes("gt_boxes", objects.boxes)
+    if not bool(((objects.classes >= 0) & (objects.classes < num_classes)).all()):
+        raise ValueError(f"gt_classes must be in [0, {num_classes})")
+    images = F.pad(F.pad(objects.images, (1, 0)), (0, 1), value=num_images - 1)
+    if not bool((images.diff() >= 0).all()):
+        raise ValueError(f"gt_images must be in [0, {num_images}) and never decrease")
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -49,8 +85,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
     inter = width.mul_(height)
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
-    # 0, not NaN, for two boxes without area and for a prediction that overflowed.
-    return torch.where(inter > 0, inter / union, 0)
+    # 0, not NaN, for two boxes without area and for a prediction whose area overflowed.
+    return torch.where((inter > 0) & (union < math.inf), inter / union, 0)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
@@ -72,15 +108,15 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Te
     shift = boxes[..., :2] + 0.5 * size - anchors[..., :2] - 0.5 * anchor_size
     # log(0) of an empty box would make the whole bag's likelihood zero and its gradient NaN.
     log_scale = torch.log(size.clamp(min=torch.finfo(size.dtype).eps) / anchor_size)
-    return torch.cat((shift / anchor_size, log_scale), dim=-1) * boxes.new_tensor(weights)
+    return _scale(torch.cat((shift / anchor_size, log_scale), dim=-1), weights)
 
 
-def decode_boxes(
-    deltas: Tensor,
-    anchors: Tensor,
-    weights: Sequence[float],
-    scale_clamp: float,
-) -> Tensor:
+def _scale(deltas: Tensor, weights: Iterable[float]) -> Tensor:
+    """Multiply by the weights, which are no tensor: to copy one to the device would wait for it."""
+    return torch.stack([x * weight for x, weight in zip(deltas.unbind(-1), weights)], dim=-1)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor, coding: BoxCoding) -> Tensor:
     """Boxes that `deltas` predict from `anchors`: the inverse of :func:`encode_boxes`.
 
     The arithmetic of Detectron2's `Box2BoxTransform.apply_deltas`, in the dtype of `deltas`
@@ -89,16 +125,15 @@ def decode_boxes(
     Args:
         deltas: (..., 4) predicted deltas.
         anchors: (..., 4) anchors.
-        weights: as for :func:`encode_boxes`.
-        scale_clamp: upper bound of the log scales, `Box2BoxTransform.scale_clamp`.
+        coding: what the deltas mean.
 
     Returns:
         (..., 4) boxes, not clipped to the image.
     """
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = torch.stack([x / w for x, w in zip(deltas.unbind(-1), coding.weights)], dim=-1)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
-    half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=scale_clamp)) * anchor_size
+    half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=coding.scale_clamp)) * anchor_size
     return torch.cat((centre - half, centre + half), dim=-1)
 
 
@@ -132,18 +167,22 @@ def take(levels: Sequence[Tensor], index: Tensor, name: str = "index") -> Tensor
 def put_(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor | None) -> None:
     """Multiply the levels by a factor, then add `source` at `index`: the gradient of `take`.
 
+    All of it in float32 or better: each element is rounded to its dtype once after it was
+    multiplied, and once after the sum of its sources, however many they are, was added.
+
     Args:
         levels: L tensors (N, ..., D), changed in place.
         index: int64 indices as for :func:`take`. The sources of an index that is there twice add.
-        source: what to add, of the shape of `index`.
-        factor: scalar on the device of the levels, None for 1.
+        source: what to add, of the shape of `index`, in float32 or better.
+        factor: scalar of the dtype of `source`, on the device of the levels; None for 1.
     """
-    if factor is not None and (factor.is_cuda or factor != 1):
+    if factor is not None:
         for level in levels:
-            # In the dtype of the factor, which float16 may not hold.
-            level.copy_(level.to(factor.dtype).mul_(factor))
-    for level, here, position in locate(levels, index):
-        level.index_put_(position, source[here].to(level.dtype), accumulate=True)
+            level.copy_(level.to(factor.dtype).mul_(factor))  # float16 may not hold the factor
+    unique, inverse = index.flatten().unique(return_inverse=True)
+    total = take(levels, unique).index_add_(0, inverse, source.flatten())
+    for level, here, position in locate(levels, unique):
+        level[position] = total[here].to(level.dtype)
 
 
 def locate(
@@ -186,7 +225,8 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     Args:
         anchors: L levels of anchors, the same for all images. A level is (R_l, 4), or (H, W, A, 4)
             if it is a grid: the x coordinates depend on the column and on a only, the y coordinates
-            on the row and on a, and the centres move to the right and down.
+            on the row and on a, and the centres move to the right and down. Of a grid, no more
+            than the first row, the first column and the last anchors are read.
         gt_boxes: (M, 4) objects, of any number of images.
         k: the size of a bag.
 
@@ -196,14 +236,34 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: boxes that are not finite or inverted.
     """
-    flat = torch.cat([level.reshape(-1, 4) for level in anchors])
     _check_boxes("gt_boxes", gt_boxes)
-    _check_boxes("anchors", flat)
+    flat = torch.cat([_flatten_level(level) for level in anchors])
     k = min(k, len(flat))
     if k == 0 or len(gt_boxes) == 0:
         return torch.zeros((len(gt_boxes), k), dtype=torch.int64, device=gt_boxes.device)
     block = max(1, _BLOCK_ELEMENTS // len(flat))
     return torch.cat([_iou_topk_block(flat, boxes, k) for boxes in gt_boxes.split(block)])
+
+
+def _flatten_level(anchors: Tensor) -> Tensor:
+    """Check a level of anchors, and give it as (R_l, 4)."""
+    if anchors.dim() == 2 or anchors.numel() == 0:
+        _check_boxes("anchors", anchors.reshape(-1, 4))
+        return anchors.reshape(-1, 4)
+    x, y = anchors[:1, ..., ::2], anchors[:, :1, :, 1::2]  # (1, W, A, 2), (H, 1, A, 2)
+    valid = torch.equal(anchors[-1, -1, :, ::2], x[0, -1])
+    valid &= torch.equal(anchors[-1, -1, :, 1::2], y[-1, 0])
+    for axis, corners in ((1, x), (0, y)):
+        size, centre = corners.diff(dim=-1), corners.double().sum(dim=-1)
+        valid &= bool(((size >= 0) & (size < math.inf)).all() & (centre.diff(dim=axis) >= 0).all())
+    if not valid:
+        raise ValueError(
+            "anchors of the form (H, W, A, 4) must be grids: finite coordinates with x1 <= x2 and "
+            "y1 <= y2, x that depends on the column only and y on the row only, and centres that "
+            "move to the right and down"
+        )
+    x, y = (corners.expand(*anchors.shape[:3], 2) for corners in (x, y))
+    return torch.stack((x, y), dim=-1).flatten(-2).reshape(-1, 4)  # x1, y1, x2, y2
 
 
 def _iou_topk_block(anchors: Tensor, gt_boxes: Tensor, k: int) -> Tensor:
@@ -252,12 +312,9 @@ def matched_log_probability(
 def box_prob(
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    gt_boxes: Tensor,
-    gt_classes: Tensor,
-    counts: Sequence[int],
+    objects: Objects,
     num_classes: int,
-    weights: Sequence[float],
-    scale_clamp: float,
+    coding: BoxCoding,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P{a_j in A+} of a batch: does the predicted box of anchor j localise an object?
@@ -274,12 +331,9 @@ def box_prob(
     Args:
         deltas: L levels (N, ..., 4) of predicted deltas.
         anchors: L levels of the anchors, (R_l, 4) or (H, W, A, 4).
-        gt_boxes: (M, 4) objects, those of the first image first.
-        gt_classes: (M,) their classes in [0, C).
-        counts: N numbers of objects, one per image, M together.
+        objects: the M objects, in the dtype of what is to be computed.
         num_classes: C.
-        weights: of the deltas, as for :func:`decode_boxes`.
-        scale_clamp: as for :func:`decode_boxes`.
+        coding: what the deltas mean.
         threshold: IoU in [0, 1) at which the ramp starts, `MODEL.FREEANCHOR.BBOX_THRESHOLD`.
 
     Returns:
@@ -288,19 +342,18 @@ def box_prob(
         object, or 0 if it is not above the threshold.
 
     Raises:
-        ValueError: boxes that are not finite or inverted, or classes out of range.
+        ValueError: boxes that are not finite or inverted, or classes or images out of range.
     """
-    dtype = gt_boxes.dtype
+    dtype = objects.boxes.dtype
     flat_anchors = torch.cat([level.reshape(-1, 4) for level in anchors])
-    _check_boxes("gt_boxes", gt_boxes)
+    _check_objects(objects, len(deltas[0]), num_classes)
     _check_boxes("anchors", flat_anchors)
-    if not bool(((gt_classes >= 0) & (gt_classes < num_classes)).all()):
-        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {gt_classes.tolist()}")
     cells, probs, max_ious = [], [], []
-    for n, (gt, classes) in enumerate(zip(gt_boxes.split(counts), gt_classes.split(counts))):
+    for n in range(len(deltas[0])):
         image_deltas = torch.cat([level[n].reshape(-1, 4) for level in deltas]).to(dtype)
-        boxes = decode_boxes(image_deltas, flat_anchors, weights, scale_clamp)
-        cell, prob, max_iou = _box_prob_image(boxes, gt, classes, num_classes, threshold)
+        boxes = decode_boxes(image_deltas, flat_anchors, coding)
+        gt_boxes, gt_classes = (x[objects.images == n] for x in objects[:2])
+        cell, prob, max_iou = _box_prob_image(boxes, gt_boxes, gt_classes, num_classes, threshold)
         cells.append(cell + n * len(boxes) * num_classes)
         probs.append(prob)
         max_ious.append(max_iou)

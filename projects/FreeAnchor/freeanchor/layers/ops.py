@@ -2,21 +2,30 @@
 
 Each is a schema in the namespace `freeanchor`, with the readable function of `matching` or `losses`
 as its reference. The C++ and CUDA kernels of `csrc`, where they are built, take precedence. Shapes
-and dtypes are checked here; values by whoever reads them, the kernel or the reference.
+and dtypes are checked here; values by whoever reads them, the kernel or the reference. The kernels
+of CUDA do not wait for the device, so there the error of a bad value is raised by the first
+operator that is called after the device has met it. Until then they read nothing out of bounds.
 """
 
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import losses, matching
+from .checks import (
+    at_least_float32,
+    check_anchors,
+    check_boxes,
+    check_levels,
+    check_like,
+    check_matching,
+)
+from .matching import BoxCoding, Objects
 
 __all__ = ["box_prob", "iou_topk", "negative_bag_loss", "take"]
 
@@ -71,19 +80,14 @@ def _define(schema: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 _iou_topk = _define(
     "iou_topk(Tensor[] anchors, Tensor gt_boxes, int k) -> Tensor", matching.iou_topk
 )
-_box_prob = _define(
-    "box_prob(Tensor[] deltas, Tensor[] anchors, Tensor gt_boxes, Tensor gt_classes, int[] counts, "
-    "int num_classes, float[] weights, float scale_clamp, float threshold) "
-    "-> (Tensor, Tensor, Tensor)",
-    matching.box_prob,
-)
 _take = _define("take(Tensor[] levels, Tensor index) -> Tensor", matching.take)
 _put_ = _define(
     "put_(Tensor(a!)[] levels, Tensor index, Tensor source, Tensor? factor) -> ()", matching.put_
 )
 _negative_bag_loss = _define(
-    "negative_bag_loss(Tensor[] logits, Tensor cells, Tensor prob, Tensor bag, float gamma, "
-    "float scale, float grad_scale, Tensor(a!)[] grads) -> (Tensor, Tensor)",
+    "negative_bag_loss(Tensor[] logits, Tensor[] deltas, Tensor[] anchors, Tensor gt_boxes, "
+    "Tensor gt_classes, Tensor gt_images, float[] coding, float threshold, float gamma, "
+    "Tensor scale, Tensor grad_scale, Tensor(a!)[] grads) -> (Tensor, Tensor)",
     losses.negative_bag_loss,
 )
 
@@ -99,8 +103,8 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    _check_boxes("gt_boxes", gt_boxes)
-    _check_anchors(anchors, gt_boxes)
+    check_boxes("gt_boxes", gt_boxes)
+    check_anchors(anchors, gt_boxes)
     bags: Tensor = _iou_topk(anchors, gt_boxes, k)
     return bags
 
@@ -114,66 +118,23 @@ def _(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
 def box_prob(
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    gt_boxes: Tensor,
-    gt_classes: Tensor,
-    counts: Sequence[int],
+    objects: Objects,
     num_classes: int,
-    weights: Sequence[float],
-    scale_clamp: float,
+    coding: BoxCoding,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`freeanchor.layers.matching.box_prob`, checked and fast.
+    """:func:`freeanchor.layers.matching.box_prob`, checked.
+
+    To look at P{a in A+}: :func:`negative_bag_loss` computes it by itself, faster, and without
+    waiting for the number of its cells.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, boxes that are not finite or inverted, classes
-            out of range, or another number of objects than `counts` says.
+        ValueError: a wrong shape, dtype or device, boxes that are not finite or inverted, or
+            classes or images out of range.
     """
     deltas = [level.detach() for level in deltas]
-    _check_levels("deltas", deltas, 4)
-    _check_boxes("gt_boxes", gt_boxes)
-    _check_anchors(anchors, gt_boxes)
-    _check_like("deltas", deltas[0], gt_boxes, None)
-    _check_like("gt_classes", gt_classes, gt_boxes, torch.int64)
-    if len(deltas[0]) != len(counts) or any(count < 0 for count in counts):
-        raise ValueError(
-            f"counts must be a number for each of {len(deltas[0])} images, got {list(counts)}"
-        )
-    shapes = [math.prod(level.shape[1:-1]) for level in deltas]
-    if shapes != [level.numel() // 4 for level in anchors]:
-        raise ValueError("deltas and anchors must have as many anchors in each level")
-    if gt_classes.shape != gt_boxes.shape[:1] or sum(counts) != len(gt_boxes):
-        raise ValueError(
-            f"gt_classes and counts must be those of {len(gt_boxes)} gt_boxes, got "
-            f"{len(gt_classes)} and {list(counts)}"
-        )
-    if len(weights) != 4 or not all(weight > 0 for weight in weights):
-        raise ValueError(f"weights must be 4 positive numbers, got {list(weights)}")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-    result: tuple[Tensor, Tensor, Tensor] = _box_prob(
-        deltas,
-        anchors,
-        gt_boxes,
-        gt_classes,
-        counts,
-        num_classes,
-        weights,
-        scale_clamp,
-        threshold,
-    )
-    return result
-
-
-@torch.library.register_fake("freeanchor::box_prob")
-def _(
-    deltas: Sequence[Tensor], anchors: Sequence[Tensor], gt_boxes: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_cells = torch.library.get_ctx().new_dynamic_size()
-    return (
-        gt_boxes.new_empty(num_cells, dtype=torch.int64),
-        gt_boxes.new_empty(num_cells),
-        gt_boxes.new_empty(len(gt_boxes)),
-    )
+    check_matching(deltas, anchors, objects, coding, threshold)
+    return matching.box_prob(deltas, anchors, objects, num_classes, coding, threshold)
 
 
 def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -182,15 +143,15 @@ def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape, dtype or device, or an index out of range.
     """
-    _check_levels("levels", levels)
-    _check_like("index", index, levels[0], torch.int64)
+    check_levels("levels", levels)
+    check_like("index", index, levels[0], torch.int64)
     elements: Tensor = _take(levels, index)
     return elements
 
 
 @torch.library.register_fake("freeanchor::take")
 def _(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    return levels[0].new_empty(index.shape, dtype=_at_least_float32(levels))
+    return levels[0].new_empty(index.shape, dtype=at_least_float32(levels))
 
 
 def _take_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -201,12 +162,26 @@ def _take_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _take_backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None]:
     (index,) = ctx.saved_tensors
-    grads = [torch.zeros_like(level, device=grad.device) for level in ctx.like]
-    _put_(grads, index, grad, None)
-    return grads, None
+    return list(_Put.apply(grad, index, ctx.like)), None
 
 
 torch.library.register_autograd("freeanchor::take", _take_backward, setup_context=_take_setup)
+
+
+class _Put(torch.autograd.Function):
+    """The gradient of `take`: zeros, to which its own gradient is added at the indices."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, index: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index)
+        grads = [torch.zeros_like(level, device=grad.device) for level in like]
+        _put_(grads, index, grad, None)
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return _take(grads, index), None, None
 
 
 @torch.library.register_fake("freeanchor::put_")
@@ -216,32 +191,52 @@ def _(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor | 
 
 def negative_bag_loss(
     logits: Sequence[Tensor],
-    cells: Tensor,
-    prob: Tensor,
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    objects: Objects,
     bag: Tensor,
+    coding: BoxCoding,
+    threshold: float,
     gamma: float = 2.0,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`freeanchor.layers.losses.negative_bag_loss` with a gradient.
+    scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`freeanchor.layers.losses.negative_bag_loss` with a gradient of the logits.
 
     The logits at `bag` are returned by the same operator so that there is one gradient of the
     logits, into which those of the bags are added. As an operator of their own they would cost a
     second tensor of the size of all logits, and a sum.
 
+    Args:
+        logits: L levels (N, ..., C) of class logits.
+        deltas: L levels (N, ..., 4) of predicted deltas, of the dtype of the logits.
+        anchors: L levels of the anchors, (R_l, 4) or (H, W, A, 4), in float32 or better.
+        objects: the M objects, of the dtype of the anchors.
+        bag: int64 indices of the logits that the positive loss needs, of any shape.
+        coding: what the deltas mean.
+        threshold: as for :func:`freeanchor.layers.matching.box_prob`.
+        gamma: focusing parameter, at least 1.
+        scale: factor of the loss, a number or a scalar on the device of the logits.
+
     Returns:
-        Tuple of the scalar loss and the logits at `bag`, both with a gradient.
+        Tuple of the scalar loss and the logits at `bag`, both with a gradient, but no second one,
+        and the (M,) highest IoUs of `box_prob`.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, an index out of range, or gamma < 1.
+        ValueError: a wrong shape, dtype or device, a value out of range, or gamma < 1.
     """
-    _check_levels("logits", logits)
-    _check_like("cells", cells, logits[0], torch.int64)
-    _check_like("bag", bag, logits[0], torch.int64)
-    _check_like("prob", prob, cells, _at_least_float32(logits))
-    if prob.shape != cells.shape or cells.dim() != 1:
-        raise ValueError(f"cells and prob must be (S,), got {[*cells.shape]} and {[*prob.shape]}")
+    deltas = [level.detach() for level in deltas]
+    check_levels("logits", logits)
+    check_matching(deltas, anchors, objects, coding, threshold)
+    if [x.shape[:-1].numel() for x in logits] != [x.shape[:-1].numel() for x in deltas]:
+        raise ValueError("logits and deltas must have as many anchors in each level")
+    check_like("logits", logits[0], deltas[0], deltas[0].dtype)
+    check_like("bag", bag, logits[0], torch.int64)
     if not gamma >= 1:
         raise ValueError(f"gamma must be at least 1, got {gamma}")
+    if not isinstance(scale, Tensor):
+        # Filled on the device: a copy from the host would wait.
+        scale = torch.full((), scale, dtype=objects.boxes.dtype, device=bag.device)
+    check_like("scale", scale, objects.boxes, objects.boxes.dtype)
     # Levels with gaps in memory cannot have gradients of their layout: those are copied.
     logits = [
         level
@@ -249,20 +244,19 @@ def negative_bag_loss(
         else level.contiguous()
         for level in logits
     ]
-    result: tuple[Tensor, Tensor]
+    arguments = (deltas, anchors, *objects, [*coding.weights, coding.scale_clamp], threshold, gamma)
+    result: tuple[Tensor, Tensor, Tensor]
     if torch.is_grad_enabled() and any(level.requires_grad for level in logits):
-        result = _NegativeBagLoss.apply(cells, prob, bag, gamma, scale, *logits)
+        result = _NegativeBagLoss.apply(bag, arguments, scale.detach(), *logits)
     else:
-        result = _negative_bag_loss(logits, cells, prob, bag, gamma, scale, 0.0, [])
+        loss, max_iou = _negative_bag_loss(logits, *arguments, scale.detach(), scale, [])
+        result = loss, _take(logits, bag), max_iou
     return result
 
 
 @torch.library.register_fake("freeanchor::negative_bag_loss")
-def _(
-    logits: Sequence[Tensor], cells: Tensor, prob: Tensor, bag: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    dtype = _at_least_float32(logits)
-    return logits[0].new_empty((), dtype=dtype), logits[0].new_empty(bag.shape, dtype=dtype)
+def _(logits: Sequence[Tensor], deltas: Any, anchors: Any, gt_boxes: Tensor, *_: Any) -> Any:
+    return gt_boxes.new_empty(()), gt_boxes.new_empty(len(gt_boxes))
 
 
 class _NegativeBagLoss(torch.autograd.Function):
@@ -270,97 +264,53 @@ class _NegativeBagLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        cells: Tensor,
-        prob: Tensor,
-        bag: Tensor,
-        gamma: float,
-        scale: float,
-        *logits: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cells, prob, bag, *logits)
-        ctx.constants = gamma, scale
+        ctx: Any, bag: Tensor, arguments: tuple[Any, ...], scale: Tensor, *logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(bag, scale, *logits)
+        ctx.arguments = arguments
         ctx.set_materialize_grads(False)
-        loss, bag_logits, ctx.grads = _with_grads(logits, cells, prob, bag, gamma, scale)
-        return loss, bag_logits
+        loss, max_iou, ctx.grads = _with_grads(logits, arguments, scale)
+        ctx.mark_non_differentiable(max_iou)
+        return loss, _take(logits, bag), max_iou
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_bag: Tensor | None) -> tuple[Any, ...]:
-        cells, prob, bag, *logits = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_bag: Tensor | None, _: None
+    ) -> tuple[Any, ...]:
+        bag, scale, *logits = ctx.saved_tensors
         factor = None
-        if grad_loss is None:
-            grads = [torch.zeros_like(level) for level in logits]
-        else:
-            # They are changed in place, so a second backward pass has to compute them again.
-            grads, ctx.grads = ctx.grads, None
-            if grads is None:
-                grads = _with_grads(logits, cells, prob, bag, *ctx.constants)[2]
-            _, scale = ctx.constants
-            stored = _grad_scale(logits, scale)
-            factor = grad_loss if stored == scale else grad_loss * (scale / stored)
-        if grad_bag is None:
-            bag, grad_bag = bag.flatten()[:0], prob[:0]
-        _put_(grads, bag, grad_bag, factor)
-        return None, None, None, None, None, *grads
+        with torch.no_grad():
+            if grad_loss is None:
+                grads = [torch.zeros_like(level) for level in logits]
+            else:
+                # They are changed in place, so a second backward pass computes them again.
+                grads, ctx.grads = ctx.grads, None
+                if grads is None:
+                    grads = _with_grads(logits, ctx.arguments, scale)[2]
+                factor = grad_loss
+                if logits[0].dtype == torch.float16:
+                    factor = grad_loss * (scale / _FLOAT16_GRAD_SCALE)
+            if grad_bag is None:
+                bag, grad_bag = bag.flatten()[:0], scale.new_empty(0)
+            _put_(grads, bag, grad_bag, factor)
+        if torch.is_grad_enabled():  # with create_graph=True
+            # Autograd would take them for constants, and second derivatives would be silently zero.
+            refusal = torch._C._functions.DelayedError(_NO_SECOND_DERIVATIVE, len(grads))
+            grads = list(refusal(*[grad.requires_grad_() for grad in grads]))
+        return None, None, None, *grads
+
+
+_NO_SECOND_DERIVATIVE = (
+    "negative_bag_loss has no second derivative: compute its gradient without create_graph=True"
+)
 
 
 def _with_grads(
-    logits: Sequence[Tensor], cells: Tensor, prob: Tensor, bag: Tensor, gamma: float, scale: float
+    logits: Sequence[Tensor], arguments: tuple[Any, ...], scale: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     grads = [torch.empty_like(level) for level in logits]
-    grad_scale = _grad_scale(logits, scale)
-    loss, bag_logits = _negative_bag_loss(logits, cells, prob, bag, gamma, scale, grad_scale, grads)
-    return loss, bag_logits, grads
-
-
-def _grad_scale(logits: Sequence[Tensor], scale: float) -> float:
-    """The factor of stored gradients: final in most cases, so that they are written once."""
-    return _FLOAT16_GRAD_SCALE if logits[0].dtype == torch.float16 else scale
-
-
-def _at_least_float32(levels: Sequence[Tensor]) -> torch.dtype:
-    return torch.promote_types(levels[0].dtype, torch.float32)
-
-
-def _check_levels(name: str, levels: Sequence[Tensor], depth: int | None = None) -> None:
-    """Levels are (N, ..., D) with 1 to 3 dimensions of anchors, and agree in all else."""
-    if len(levels) == 0:
-        raise ValueError(f"{name} must have a tensor for each level, got none")
-    first = levels[0]
-    for i, level in enumerate(levels):
-        if not 3 <= level.dim() <= 5 or level.shape[-1] != (depth or first.shape[-1]):
-            raise ValueError(
-                f"{name}[{i}] must be (N, anchors, {depth or 'C'}) or (N, H, W, A, {depth or 'C'}) "
-                f"as the other levels, got {list(level.shape)}"
-            )
-        if len(level) != len(first):
-            raise ValueError(f"{name}[{i}] has {len(level)} images, {name}[0] {len(first)}")
-        if not level.is_floating_point():
-            raise ValueError(f"{name}[{i}] must be of a floating point dtype, got {level.dtype}")
-        _check_like(f"{name}[{i}]", level, first, first.dtype)
-
-
-def _check_like(name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype | None) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-
-
-def _check_anchors(anchors: Sequence[Tensor], gt_boxes: Tensor) -> None:
-    if len(anchors) == 0:
-        raise ValueError("anchors must have a tensor for each level, got none")
-    for i, level in enumerate(anchors):
-        if level.dim() not in (2, 4) or level.shape[-1] != 4:
-            raise ValueError(
-                f"anchors[{i}] must be (R, 4), or (H, W, A, 4) for a grid, got {list(level.shape)}"
-            )
-        _check_like(f"anchors[{i}]", level, gt_boxes, gt_boxes.dtype)
-
-
-def _check_boxes(name: str, boxes: Tensor) -> None:
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name} must be (M, 4), got {list(boxes.shape)}")
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {boxes.dtype}")
+    # Else the factor is final in most cases, so that gradients are written once.
+    is_half = logits[0].dtype == torch.float16
+    grad_scale = torch.full_like(scale, _FLOAT16_GRAD_SCALE) if is_half else scale
+    loss, max_iou = _negative_bag_loss(logits, *arguments, scale, grad_scale, grads)
+    return loss, max_iou, grads

@@ -11,11 +11,12 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
-from ..layers import box_prob, iou_topk, negative_bag_loss, take
+from ..layers import iou_topk, negative_bag_loss, take
 from ..layers.losses import bag_logit, positive_bag_loss
-from ..layers.matching import encode_boxes, matched_log_probability
+from ..layers.matching import BoxCoding, Objects, encode_boxes, matched_log_probability
 from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
+from .host_and_device import DelayedScalars, to_device
 from .inference import detect
 
 __all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
@@ -48,9 +49,7 @@ class _Bags(NamedTuple):
     """The bags of the M objects of a batch; indices as in :mod:`freeanchor.layers.matching`."""
 
     levels: list[Tensor]  # anchors, as the search takes them
-    counts: list[int]  # objects of each image
-    boxes: Tensor  # (M, 4)
-    classes: Tensor  # (M,)
+    objects: Objects
     row: Tensor  # (M, K) of (N, R)
     anchors: Tensor  # (M, K, 4)
 
@@ -105,6 +104,7 @@ class FreeAnchor(RetinaNet):
         self.pre_anchor_topk = pre_anchor_topk
         self.bbox_threshold = bbox_threshold
         self.bbox_reg_weight = bbox_reg_weight
+        self._delayed_scalars = DelayedScalars()
         self.inclusive_corners = inclusive_corners
         self.config = config
         if inclusive_corners:
@@ -128,6 +128,11 @@ class FreeAnchor(RetinaNet):
         ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
         ret["config"] = cfg.clone()
         return ret
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        if self.training:
+            batched_inputs = to_device(batched_inputs, self.device, self.num_classes)
+        return super().forward(batched_inputs)
 
     def forward_training(
         self,
@@ -176,36 +181,40 @@ class FreeAnchor(RetinaNet):
             gets a gradient and distributed training does not wait for one.
         """
         with torch.autocast(pred_logits[0].device.type, enabled=False):
+            # Of one dtype, if the head gives two.
+            dtype = torch.promote_types(pred_logits[0].dtype, pred_anchor_deltas[0].dtype)
+            pred_logits, pred_anchor_deltas = (
+                [x.to(dtype) for x in levels] for levels in (pred_logits, pred_anchor_deltas)
+            )
             bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
-            cells, prob, max_iou = box_prob(
+            # On the device, where a sum over processes would be too. The others divide the loss of
+            # a batch without objects by 1: some 350 times too much.
+            num_objects = bags.anchors.new_full((), max(1, len(bags.row)))
+            negative, bag_logits, max_iou = negative_bag_loss(
+                pred_logits,
                 pred_anchor_deltas,
                 bags.levels,
-                bags.boxes,
-                bags.classes,
-                bags.counts,
-                self.num_classes,
-                self.box2box_transform.weights,
-                self.box2box_transform.scale_clamp,
+                bags.objects,
+                bags.row * self.num_classes + bags.objects.classes[:, None],
+                self._box_coding,
                 self.bbox_threshold,
-            )
-            # The others divide the loss of a batch without objects by 1: some 350 times too much.
-            num_objects = max(1, len(bags.boxes))
-            negative, bag_logits = negative_bag_loss(
-                pred_logits,
-                cells,
-                prob.to(torch.promote_types(pred_logits[0].dtype, torch.float32)),
-                bags.row * self.num_classes + bags.classes[:, None],
                 self.focal_loss_gamma,
                 (1 - self.focal_loss_alpha) / (self.pre_anchor_topk * num_objects),
             )
             log_prob = self._log_prob(bags, bag_logits, pred_anchor_deltas)
             positive = positive_bag_loss(log_prob)
 
-        self._log_matching(log_prob, positive, max_iou, len(bags.counts))
+        if not torch.compiler.is_compiling():  # a log is no tensor
+            self._log_matching(log_prob, positive, max_iou, len(gt_instances))
         return {
             "loss_positive": positive.sum() * (self.focal_loss_alpha / num_objects),
             "loss_negative": negative,
         }
+
+    @property
+    def _box_coding(self) -> BoxCoding:
+        transform = self.box2box_transform
+        return BoxCoding(tuple(transform.weights), transform.scale_clamp)
 
     def _bags(
         self,
@@ -216,19 +225,19 @@ class FreeAnchor(RetinaNet):
     ) -> _Bags:
         """The search for bags (paper, section 3.2); arguments as of :meth:`losses`."""
         dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
-        boxes = Boxes.cat([x.gt_boxes for x in gt_instances]).tensor.to(dtype)
-        classes = torch.cat([x.gt_classes for x in gt_instances])
-        counts = [len(x) for x in gt_instances]
+        classes = [x.gt_classes for x in gt_instances]
+        objects = Objects(
+            torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(dtype),
+            torch.cat(classes),
+            torch.cat([torch.full_like(x, i) for i, x in enumerate(classes)]),
+        )
         levels = [x.tensor.to(dtype) for x in anchors]
         if type(self.anchor_generator) in (DefaultAnchorGenerator, RoundedAnchorGenerator):
             levels = [x.view(*logits.shape[1:-1], 4) for x, logits in zip(levels, pred_logits)]
-        bag = iou_topk(levels, boxes, self.pre_anchor_topk)  # (M, K)
-        image = torch.arange(len(counts), device=bag.device).repeat_interleave(
-            torch.tensor(counts, device=bag.device), output_size=sum(counts)
-        )
-        row = image[:, None] * sum(len(x) for x in anchors) + bag
+        bag = iou_topk(levels, objects.boxes, self.pre_anchor_topk)  # (M, K)
+        row = objects.images[:, None] * sum(len(x) for x in anchors) + bag
         index = bag[..., None] * 4 + torch.arange(4, device=bag.device)
-        return _Bags(levels, counts, boxes, classes, row, take([x[None] for x in levels], index))
+        return _Bags(levels, objects, row, take([x[None] for x in levels], index))
 
     def _log_prob(
         self, bags: _Bags, bag_logits: Tensor, pred_anchor_deltas: list[Tensor]
@@ -238,7 +247,7 @@ class FreeAnchor(RetinaNet):
         return matched_log_probability(
             bag_logits,
             take(pred_anchor_deltas, bags.row[..., None] * 4 + coordinate),
-            encode_boxes(bags.boxes[:, None], bags.anchors, self.box2box_transform.weights),
+            encode_boxes(bags.objects.boxes[:, None], bags.anchors, self._box_coding.weights),
             self.bbox_reg_weight,
             self.smooth_l1_beta,
         )
@@ -260,13 +269,15 @@ class FreeAnchor(RetinaNet):
         """
         with torch.autocast(pred_logits[0].device.type, enabled=False):
             bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
-            bag_logits = take(pred_logits, bags.row * self.num_classes + bags.classes[:, None])
+            index = bags.row * self.num_classes + bags.objects.classes[:, None]
+            bag_logits = take(pred_logits, index)
             dtype = torch.promote_types(bag_logits.dtype, torch.float32)
             prob = self._log_prob(bags, bag_logits.to(dtype), pred_anchor_deltas).exp()
         all_anchors = Boxes.cat(anchors)
+        counts = [len(x) for x in gt_instances]
         result = []
         for instances, bag_anchors, bag_prob in zip(
-            gt_instances, bags.anchors.split(bags.counts), prob.split(bags.counts)
+            gt_instances, bags.anchors.split(counts), prob.split(counts)
         ):
             iou = pairwise_iou(instances.gt_boxes, all_anchors)  # (M, R)
             objects, labels = _RETINANET_MATCHER(iou)
@@ -324,16 +335,12 @@ class FreeAnchor(RetinaNet):
             return
         # The share of each anchor in the likelihood of its bag, see `positive_bag_loss`.
         share = bag_logit(log_prob).softmax(dim=1)
-        likelihood, num_anchors, localized = torch.stack(
-            (
-                (-positive).exp().mean(),
-                (1 / share.square().sum(dim=1)).mean(),
-                (max_iou > self.bbox_threshold).to(positive.dtype).mean(),
-            )
-        ).tolist()  # one synchronisation for all three
-        storage.put_scalar("freeanchor/bag_likelihood", likelihood)
-        storage.put_scalar("freeanchor/anchors_per_bag", num_anchors)
-        storage.put_scalar("freeanchor/localized_objects", localized)
+        values = {
+            "freeanchor/bag_likelihood": (-positive).exp().mean(),
+            "freeanchor/anchors_per_bag": (1 / share.square().sum(dim=1)).mean(),
+            "freeanchor/localized_objects": (max_iou > self.bbox_threshold).to(share.dtype).mean(),
+        }
+        self._delayed_scalars.put(list(values), torch.stack(list(values.values())))
 
 
 def inclusive_shift(boxes: Tensor, scale: tuple[float, float]) -> Tensor:

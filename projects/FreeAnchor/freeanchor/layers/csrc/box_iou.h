@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace freeanchor {
 
@@ -20,7 +21,15 @@ struct Box {
   }
 };
 
-// matching.box_iou; NaN, which is above no threshold, if a coordinate is NaN.
+// Whether its coordinates are finite and in order.
+template <typename T>
+C10_HOST_DEVICE inline bool is_valid(const Box<T>& box) {
+  const T width = box.x2 - box.x1, height = box.y2 - box.y1; // NaN or inf if a coordinate is
+  return width >= 0 && height >= 0 && width <= std::numeric_limits<T>::max() &&
+         height <= std::numeric_limits<T>::max();
+}
+
+// matching.box_iou: 0 if a coordinate is NaN or an area overflows.
 template <typename T>
 C10_HOST_DEVICE inline T box_iou(const Box<T>& a, const Box<T>& b) {
   T width = (a.x2 < b.x2 ? a.x2 : b.x2) - (a.x1 > b.x1 ? a.x1 : b.x1);
@@ -28,8 +37,8 @@ C10_HOST_DEVICE inline T box_iou(const Box<T>& a, const Box<T>& b) {
   width = width > 0 ? width : 0;
   height = height > 0 ? height : 0;
   const T inter = width * height;
-  const T iou = inter / (a.area() + b.area() - inter);
-  return inter > 0 ? iou : 0;
+  const T all = a.area() + b.area() - inter;
+  return inter > 0 && all <= std::numeric_limits<T>::max() ? inter / all : 0;
 }
 
 // Squared distance of the centres, times 4.
@@ -65,15 +74,6 @@ C10_HOST_DEVICE inline T decode_centre(T delta, T low, T high) {
 template <typename T>
 C10_HOST_DEVICE inline T decode_half(T delta, T low, T high, T scale_clamp) {
   return T(0.5) * std::exp(delta > scale_clamp ? scale_clamp : delta) * (high - low);
-}
-
-template <typename T>
-C10_HOST_DEVICE inline Box<T> decode_box(const T delta[4], const Box<T>& anchor, T scale_clamp) {
-  const T x = decode_centre(delta[0], anchor.x1, anchor.x2);
-  const T y = decode_centre(delta[1], anchor.y1, anchor.y2);
-  const T half_width = decode_half(delta[2], anchor.x1, anchor.x2, scale_clamp);
-  const T half_height = decode_half(delta[3], anchor.y1, anchor.y2, scale_clamp);
-  return {x - half_width, y - half_height, x + half_width, y + half_height};
 }
 
 } // namespace freeanchor

@@ -15,23 +15,23 @@ constexpr int kMaxLevels = 16;
 template <typename scalar_t>
 struct Level {
   scalar_t* data;
-  int64_t first;    // index of its first anchor among those of all levels
-  int64_t anchors;  // H * W * A
+  int64_t first;   // index of its first anchor among those of all levels
+  int64_t anchors; // H * W * A
   int64_t width, per_cell;
-  int64_t stride[5];  // of n, y, x, a and d
+  int64_t stride[5]; // of n, y, x, a and d
 
   // The numbers of anchor `anchor` of this level in image `n`; stride[4] apart.
   C10_HOST_DEVICE scalar_t* at(int64_t n, int64_t anchor) const {
     const int64_t cell = anchor / per_cell, y = cell / width;
     return data + n * stride[0] + y * stride[1] + (cell - y * width) * stride[2] +
-        (anchor - cell * per_cell) * stride[3];
+           (anchor - cell * per_cell) * stride[3];
   }
 };
 
 template <typename scalar_t>
 struct Levels {
   int count = 0;
-  int64_t images = 0, anchors = 0, depth = 0;  // N, R and D
+  int64_t images = 0, anchors = 0, depth = 0; // N, R and D
   Level<scalar_t> level[kMaxLevels];
 
   C10_HOST_DEVICE int64_t size() const {
@@ -53,28 +53,6 @@ struct Levels {
     const int64_t n = row / anchors, j = row - n * anchors;
     const Level<scalar_t>& of_anchor = level_of(j);
     return of_anchor.at(n, j - of_anchor.first)[d * of_anchor.stride[4]];
-  }
-
-  // Calls visit(i, element) for each index in order. Most indices follow their predecessor within
-  // the numbers of an anchor, which takes no division.
-  template <typename F>
-  void for_each(const char* name, const int64_t* indices, int64_t count, F visit) const {
-    scalar_t* element = nullptr;
-    int64_t next = -1, end = -1, step = 0; // of the numbers of the last anchor
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t index = indices[i];
-      if (index == next && index < end) {
-        element += step;
-      } else {
-        TORCH_CHECK_VALUE(
-            0 <= index && index < size(), name, " must be in [0, ", size(), "), got ", index);
-        element = &(*this)[index];
-        step = level_of(index / depth % anchors).stride[4];
-        end = (index / depth + 1) * depth;
-      }
-      next = index + 1;
-      visit(i, *element);
-    }
   }
 };
 

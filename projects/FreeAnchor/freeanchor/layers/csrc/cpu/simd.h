@@ -32,20 +32,28 @@ constexpr bool kDefaultFma = false;
 
 // Defines `name`, with the signature `(params)`, to run body<fma>(args).
 #ifdef FREEANCHOR_AVX2
-#define FREEANCHOR_SIMD(result, name, params, body, ...)                          \
-  FREEANCHOR_AVX512 result name##_avx512 params { return body<true>(__VA_ARGS__); } \
-  FREEANCHOR_AVX2 result name##_avx2 params { return body<true>(__VA_ARGS__); }     \
-  result name##_default params { return body<kDefaultFma>(__VA_ARGS__); }           \
-  result name params {                                                            \
-    static const auto chosen = [] {                                               \
-      const std::string capability = at::get_cpu_capability();                    \
-      return capability == "AVX512" ? name##_avx512                               \
-          : capability == "AVX2"    ? name##_avx2                                 \
-                                    : name##_default;                             \
-    }();                                                                          \
-    return chosen(__VA_ARGS__);                                                   \
+#define FREEANCHOR_SIMD(result, name, params, body, ...)       \
+  FREEANCHOR_AVX512 result name##_avx512 params {              \
+    return body<true>(__VA_ARGS__);                            \
+  }                                                            \
+  FREEANCHOR_AVX2 result name##_avx2 params {                  \
+    return body<true>(__VA_ARGS__);                            \
+  }                                                            \
+  result name##_default params {                               \
+    return body<kDefaultFma>(__VA_ARGS__);                     \
+  }                                                            \
+  result name params {                                         \
+    static const auto chosen = [] {                            \
+      const std::string capability = at::get_cpu_capability(); \
+      return capability == "AVX512" ? name##_avx512            \
+             : capability == "AVX2" ? name##_avx2              \
+                                    : name##_default;          \
+    }();                                                       \
+    return chosen(__VA_ARGS__);                                \
   }
 #else
 #define FREEANCHOR_SIMD(result, name, params, body, ...) \
-  result name params { return body<kDefaultFma>(__VA_ARGS__); }
+  result name params {                                   \
+    return body<kDefaultFma>(__VA_ARGS__);               \
+  }
 #endif

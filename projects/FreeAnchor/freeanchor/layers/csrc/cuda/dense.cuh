@@ -39,8 +39,8 @@ int64_t num_chunks(const Levels<scalar_t>& levels) {
 // Writes f(x) to `out` for each element x of a chunk of `in`. The two have the same memory layout,
 // or may be the same; without levels in `out` nothing is written.
 template <typename scalar_t, typename F>
-__device__ void transform_chunk(
-    const Levels<scalar_t>& in, const Levels<scalar_t>& out, int64_t chunk, F f) {
+__device__ void
+transform_chunk(const Levels<scalar_t>& in, const Levels<scalar_t>& out, int64_t chunk, F f) {
   constexpr int kSize = Vector<scalar_t>::kSize;
   int l = 0;
   while (chunk >= num_chunks(in, l)) {
@@ -50,8 +50,7 @@ __device__ void transform_chunk(
   const int size = static_cast<int>(left < kChunk<scalar_t> ? left : kChunk<scalar_t>);
   const scalar_t* x = in.level[l].data + begin;
   scalar_t* y = out.count > 0 ? out.level[l].data + begin : nullptr;
-  const bool aligned =
-      (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % 16 == 0;
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % 16 == 0;
   const int vectors = aligned ? size / kSize : 0;
   for (int i = threadIdx.x; i < vectors; i += kThreads) {
     Vector<scalar_t> vector = reinterpret_cast<const Vector<scalar_t>*>(x)[i];

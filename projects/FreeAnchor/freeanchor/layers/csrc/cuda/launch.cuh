@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
 
 namespace freeanchor {
 
@@ -14,12 +15,6 @@ constexpr unsigned kAllLanes = 0xffffffff; // of a warp
 // Blocks that have a thread for each item.
 inline unsigned num_blocks(int64_t items) {
   return static_cast<unsigned>((items + kThreads - 1) / kThreads);
-}
-
-inline void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& other) {
-  TORCH_CHECK(
-      tensor.device() == other.device(), name, " must be on ", other.device(), ", got ",
-      tensor.device());
 }
 
 } // namespace freeanchor

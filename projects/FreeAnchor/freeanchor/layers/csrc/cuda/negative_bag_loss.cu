@@ -1,4 +1,5 @@
-// losses.negative_bag_loss: value and gradient in one pass over the logits, as they lie in memory.
+// losses.negative_bag_loss: value and gradient in one pass over the logits, as they lie in memory,
+// as if P{a in A+} were 0 everywhere. The few cells where it is not are put right afterwards.
 //
 // Sums are in double precision and in an order that depends on the sizes only.
 #include <ATen/Dispatch.h>
@@ -7,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../checks.h"
+#include "box_prob.cuh"
 #include "dense.cuh"
 
 namespace freeanchor {
@@ -82,15 +83,15 @@ __device__ double block_sum(double sum) {
 // The loss and the gradient as if P{a in A+} were 0 everywhere: a block per chunk of the logits.
 template <bool square, typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) dense_kernel(
-    const Levels<scalar_t> logits, const Levels<scalar_t> grads, T gamma, T grad_scale,
+    const Levels<scalar_t> logits, const Levels<scalar_t> grads, T gamma, const T* grad_scale,
     double* sums) {
+  const T by = *grad_scale;
   double sum = 0;
   transform_chunk(logits, grads, blockIdx.x, [&](scalar_t logit) {
     const Background<T> b(static_cast<T>(logit));
     const T p_gamma = power<square>(b.p, gamma);
     sum += p_gamma * b.nll;
-    return static_cast<scalar_t>(
-        p_gamma * std::fma(gamma * b.not_p, b.nll, b.p) * grad_scale);
+    return static_cast<scalar_t>(p_gamma * std::fma(gamma * b.not_p, b.nll, b.p) * by);
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
@@ -98,31 +99,35 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(
   }
 }
 
-// Puts right the sum and the gradients of the cells, and gathers the bags.
+// Where the gradients of a level begin, which lie as its logits do.
+template <typename scalar_t>
+struct GradLevels {
+  scalar_t* data[kMaxLevels];
+};
+
+// Puts right the sum and the gradients of the cells: a thread per prediction.
 template <bool square, typename scalar_t, typename T>
-__global__ void __launch_bounds__(kThreads) sparse_kernel(
-    const Levels<scalar_t> logits, const Levels<scalar_t> grads, const int64_t* cells,
-    const T* prob, int64_t num_cells, const int64_t* bag, int64_t num_bag, T gamma, T grad_scale,
-    double* sums, T* bag_logits) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < num_bag) {
-    CUDA_KERNEL_ASSERT(0 <= bag[i] && bag[i] < logits.size());
-    bag_logits[i] = static_cast<T>(logits[bag[i]]);
-  }
+__global__ void __launch_bounds__(kThreads) cell_kernel(
+    const Batch<scalar_t, T> batch, const Levels<scalar_t> logits, const GradLevels<scalar_t> grads,
+    const T* highest, const int* any, T gamma, const T* grad_scale, double* sums) {
   double difference = 0;
-  if (i < num_cells) {
-    CUDA_KERNEL_ASSERT(0 <= cells[i] && cells[i] < logits.size());
-    const Background<T> b(static_cast<T>(logits[cells[i]]));
-    const T q = b.p * (1 - prob[i]), not_q = b.not_p + b.p * prob[i];
-    const T nll = q < T(0.5) ? -std::log1p(-q) : -std::log(not_q);
-    const T q_gamma = power<square>(q, gamma);
-    // The terms are rounded as that of the dense sum, so that it cancels.
-    const T wanted = q_gamma * nll, counted = power<square>(b.p, gamma) * b.nll;
-    difference = static_cast<double>(wanted) - counted;
-    if (grads.count > 0) {
-      grads[cells[i]] =
-          static_cast<scalar_t>(q_gamma * b.not_p * (gamma * nll + q / not_q) * grad_scale);
-    }
+  if (any[blockIdx.x]) {
+    for_each_cell(batch, highest, logits.depth, [&](int64_t cell, T prob) {
+      const scalar_t& logit = logits[cell];
+      const Background<T> b(static_cast<T>(logit));
+      const T q = b.p * (1 - prob), not_q = b.not_p + b.p * prob;
+      const T nll = q < T(0.5) ? -std::log1p(-q) : -std::log(not_q);
+      const T q_gamma = power<square>(q, gamma);
+      // The terms are rounded as that of the dense sum, so that it cancels.
+      const T wanted = q_gamma * nll, counted = power<square>(b.p, gamma) * b.nll;
+      difference += static_cast<double>(wanted) - counted;
+      const int l =
+          static_cast<int>(&logits.level_of(cell / logits.depth % logits.anchors) - logits.level);
+      if (grads.data[l]) {
+        const T slope = q_gamma * b.not_p * (gamma * nll + q / not_q);
+        grads.data[l][&logit - logits.level[l].data] = static_cast<scalar_t>(slope * *grad_scale);
+      }
+    });
   }
   difference = block_sum(difference);
   if (threadIdx.x == 0) {
@@ -133,71 +138,88 @@ __global__ void __launch_bounds__(kThreads) sparse_kernel(
 // One block.
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const double* sums, int64_t count, double scale, T* loss) {
+    finish_kernel(const double* sums, int64_t count, const T* scale, T* loss) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
     sum += sums[i];
   }
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
-    *loss = static_cast<T>(sum * scale);
+    *loss = static_cast<T>(sum * *scale);
   }
 }
 
 template <bool square, typename scalar_t, typename T>
 void launch(
-    const Levels<scalar_t>& logits, const Levels<scalar_t>& grads, const at::Tensor& cells,
-    const at::Tensor& prob, const at::Tensor& bag, T gamma, double scale, T grad_scale,
-    at::Tensor& loss, at::Tensor& bag_logits) {
+    const Batch<scalar_t, T>& batch, const Levels<scalar_t>& logits, const Levels<scalar_t>& grads,
+    T gamma, const at::Tensor& scale, const at::Tensor& grad_scale, at::Tensor& loss,
+    at::Tensor& max_iou) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t dense = num_chunks(logits);
-  const int64_t sparse = num_blocks(std::max(cells.numel(), bag.numel()));
-  const at::Tensor sums = at::empty({dense + sparse}, loss.options().dtype(at::kDouble));
+  const int64_t matching =
+      batch.objects.count > 0 ? batch.deltas.images * batch.blocks_per_image() : 0;
+  const at::Tensor sums = at::empty({dense + matching}, loss.options().dtype(at::kDouble));
+  const at::Tensor any = at::empty({matching}, loss.options().dtype(at::kInt));
   double* sum = sums.mutable_data_ptr<double>();
+  const T* by = grad_scale.const_data_ptr<T>();
   if (dense > 0) {
-    dense_kernel<square><<<dense, kThreads, 0, stream>>>(logits, grads, gamma, grad_scale, sum);
+    dense_kernel<square><<<dense, kThreads, 0, stream>>>(logits, grads, gamma, by, sum);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  if (sparse > 0) {
-    sparse_kernel<square><<<sparse, kThreads, 0, stream>>>(
-        logits, grads, cells.const_data_ptr<int64_t>(), prob.const_data_ptr<T>(), cells.numel(),
-        bag.const_data_ptr<int64_t>(), bag.numel(), gamma, grad_scale, sum + dense,
-        bag_logits.mutable_data_ptr<T>());
+  if (matching > 0) {
+    T* highest = max_iou.mutable_data_ptr<T>();
+    highest_kernel<<<matching, kThreads, 0, stream>>>(batch, highest, any.mutable_data_ptr<int>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    GradLevels<scalar_t> grad_levels{};
+    for (int l = 0; l < grads.count; ++l) {
+      grad_levels.data[l] = grads.level[l].data;
+    }
+    cell_kernel<square><<<matching, kThreads, 0, stream>>>(
+        batch, logits, grad_levels, highest, any.const_data_ptr<int>(), gamma, by, sum + dense);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   finish_kernel<<<1, kFinishThreads, 0, stream>>>(
-      sum, sums.numel(), scale, loss.mutable_data_ptr<T>());
+      sum, sums.numel(), scale.const_data_ptr<T>(), loss.mutable_data_ptr<T>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
-    at::TensorList logits, const at::Tensor& cells, const at::Tensor& prob, const at::Tensor& bag,
-    double gamma, double scale, double grad_scale, at::TensorList grads) {
-  const auto dtype = compute_dtype("logits", logits);
+    at::TensorList logits, at::TensorList deltas, at::TensorList anchors,
+    const at::Tensor& gt_boxes, const at::Tensor& gt_classes, const at::Tensor& gt_images,
+    at::ArrayRef<double> coding, double threshold, double gamma, const at::Tensor& scale,
+    const at::Tensor& grad_scale, at::TensorList grads) {
+  raise_errors();
+  const std::vector<at::Tensor> anchor_tensors = check_negative_bag_loss(
+      logits, deltas, anchors, gt_boxes, gt_classes, gt_images, coding, scale, grad_scale, grads);
   const c10::cuda::CUDAGuard guard(logits[0].device());
-  check_device("cells", cells, logits[0]);
-  check_device("prob", prob, logits[0]);
-  check_device("bag", bag, logits[0]);
-  check_dense(logits, grads);
-  TORCH_CHECK(
-      prob.numel() == cells.numel() && prob.scalar_type() == dtype,
-      "prob must have as many elements as cells, and the dtype of the loss");
-  at::Tensor loss = at::empty({}, logits[0].options().dtype(dtype));
-  at::Tensor bag_logits = at::empty(bag.sizes(), loss.options());
-  const at::Tensor cells_c = cells.contiguous(), prob_c = prob.contiguous(),
-                   bag_c = bag.contiguous();
+  const at::Tensor boxes = gt_boxes.contiguous(), classes = gt_classes.contiguous(),
+                   images = gt_images.contiguous();
+  at::Tensor loss = at::empty({}, scale.options());
+  at::Tensor max_iou = at::zeros({boxes.size(0)}, boxes.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits[0].scalar_type(), "negative_bag_loss", [&] {
-        using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        using T = compute_type<scalar_t>;
         const auto levels = view_levels<scalar_t>("logits", logits);
         const auto grad_levels =
             grads.empty() ? Levels<scalar_t>{} : view_levels<scalar_t>("grads", grads);
-        const auto run = gamma == 2 ? launch<true, scalar_t, compute_t>
-                                    : launch<false, scalar_t, compute_t>;
-        run(levels, grad_levels, cells_c, prob_c, bag_c, gamma, scale, grad_scale, loss,
-            bag_logits);
+        Batch<scalar_t, T> batch;
+        batch.deltas = view_levels<scalar_t>("deltas", deltas);
+        batch.objects = {
+            reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()),
+            classes.const_data_ptr<int64_t>(), images.const_data_ptr<int64_t>(), boxes.size(0)};
+        const AnchorLevels<T> anchor_levels(anchor_tensors, /*grids=*/false);
+        for (int l = 0; l < anchor_levels.count; ++l) {
+          batch.anchors[l] = anchor_levels.level[l].data;
+        }
+        std::copy_n(coding.begin(), 4, batch.weights);
+        batch.scale_clamp = coding[4];
+        batch.threshold = threshold;
+        check_values<T>(batch.objects, anchor_levels, levels.depth, levels.images);
+        const auto run = gamma == 2 ? launch<true, scalar_t, T> : launch<false, scalar_t, T>;
+        run(batch, levels, grad_levels, gamma, scale, grad_scale, loss, max_iou);
       });
-  return {loss, bag_logits};
+  raise_errors();
+  return {loss, max_iou};
 }
 
 } // namespace

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "../checks.h"
 #include "dense.cuh"
+#include "errors.cuh"
 
 namespace freeanchor {
 namespace {
@@ -14,12 +14,16 @@ namespace {
 constexpr int64_t kScaleBlocks = 2048;
 
 template <typename scalar_t, typename T>
-__global__ void __launch_bounds__(kThreads)
-    take_kernel(const Levels<scalar_t> levels, const int64_t* index, int64_t count, T* out) {
+__global__ void __launch_bounds__(kThreads) take_kernel(
+    const Levels<scalar_t> levels, const int64_t* index, int64_t count, T* out, int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) {
-    CUDA_KERNEL_ASSERT(0 <= index[i] && index[i] < levels.size());
-    out[i] = static_cast<T>(levels[index[i]]);
+  if (i >= count) {
+    return;
+  }
+  const bool valid = 0 <= index[i] && index[i] < levels.size();
+  out[i] = valid ? static_cast<T>(levels[index[i]]) : 0;
+  if (!valid) {
+    report(note, kIndex, levels.size());
   }
 }
 
@@ -42,84 +46,90 @@ __global__ void __launch_bounds__(kThreads)
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) add_kernel(
     const Levels<scalar_t> levels, const int64_t* index, const int64_t* order, int64_t count,
-    const T* source) {
+    const T* source, int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count || (i > 0 && index[i - 1] == index[i])) {
     return;
   }
-  CUDA_KERNEL_ASSERT(0 <= index[i] && index[i] < levels.size());
-  T sum = source[order[i]];
-  for (int64_t next = i + 1; next < count && index[next] == index[i]; ++next) {
-    sum += source[order[next]];
+  if (!(0 <= index[i] && index[i] < levels.size())) {
+    report(note, kIndex, levels.size());
+    return;
   }
   scalar_t& element = levels[index[i]];
-  element = static_cast<scalar_t>(static_cast<T>(element) + sum);
+  T sum = static_cast<T>(element);
+  for (int64_t same = i; same < count && index[same] == index[i]; ++same) {
+    sum += source[order[same]];
+  }
+  element = static_cast<scalar_t>(sum);
 }
 
 at::Tensor take(at::TensorList levels, const at::Tensor& index) {
+  raise_errors();
   const auto dtype = compute_dtype("levels", levels);
   const c10::cuda::CUDAGuard guard(levels[0].device());
-  check_device("index", index, levels[0]);
+  check_like("index", index, levels[0].options().dtype(at::kLong));
   const at::Tensor index_c = index.contiguous();
   at::Tensor result = at::empty(index.sizes(), levels[0].options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, levels[0].scalar_type(), "take", [&] {
-        using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        const auto elements = view_levels<scalar_t>("levels", levels);
-        if (index.numel() > 0) {
-          take_kernel<scalar_t, compute_t>
-              <<<num_blocks(index.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                  elements, index_c.const_data_ptr<int64_t>(), index.numel(),
-                  result.mutable_data_ptr<compute_t>());
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "take", [&] {
+    using compute_t = compute_type<scalar_t>;
+    const auto elements = view_levels<scalar_t>("levels", levels);
+    if (index.numel() > 0) {
+      take_kernel<scalar_t, compute_t>
+          <<<num_blocks(index.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+              elements, index_c.const_data_ptr<int64_t>(), index.numel(),
+              result.mutable_data_ptr<compute_t>(), error_note());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+  raise_errors();
   return result;
+}
+
+template <typename scalar_t, typename T>
+void multiply(at::TensorList levels, const Levels<scalar_t>& elements, const at::Tensor& factor) {
+  const bool dense = std::all_of(levels.begin(), levels.end(), [](const at::Tensor& x) {
+    return x.is_non_overlapping_and_dense();
+  });
+  if (!dense) {
+    for (const at::Tensor& level : levels) {
+      level.copy_(level.to(factor.scalar_type()) * factor);
+    }
+  } else if (const int64_t chunks = num_chunks(elements)) {
+    const auto blocks = static_cast<unsigned>(std::min(chunks, kScaleBlocks));
+    scale_kernel<scalar_t, T><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        elements, chunks, factor.const_data_ptr<T>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 }
 
 void put_(
     at::TensorList levels, const at::Tensor& index, const at::Tensor& source,
     const std::optional<at::Tensor>& factor) {
+  raise_errors();
   const auto dtype = compute_dtype("levels", levels);
   const c10::cuda::CUDAGuard guard(levels[0].device());
-  check_device("index", index, levels[0]);
-  check_device("source", source, levels[0]);
-  TORCH_CHECK(
-      index.numel() == source.numel() && source.scalar_type() == dtype,
-      "source must have as many elements as index, and the dtype of take");
-  const bool dense = std::all_of(levels.begin(), levels.end(), [](const at::Tensor& x) {
-    return x.is_non_overlapping_and_dense();
+  check_like("index", index, levels[0].options().dtype(at::kLong));
+  check_like("source", source, levels[0].options().dtype(dtype));
+  TORCH_CHECK(index.numel() == source.numel(), "source must have as many elements as index");
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "put_", [&] {
+    using compute_t = compute_type<scalar_t>;
+    const auto elements = view_levels<scalar_t>("levels", levels);
+    if (factor) {
+      multiply<scalar_t, compute_t>(levels, elements, factor->to(source.options()));
+    }
+    if (index.numel() > 0) {
+      const auto [sorted, order] =
+          at::sort(index.reshape(-1), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+      const at::Tensor source_c = source.contiguous();
+      const auto stream = c10::cuda::getCurrentCUDAStream();
+      add_kernel<scalar_t, compute_t><<<num_blocks(index.numel()), kThreads, 0, stream>>>(
+          elements, sorted.template const_data_ptr<int64_t>(),
+          order.template const_data_ptr<int64_t>(), index.numel(),
+          source_c.const_data_ptr<compute_t>(), error_note());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
   });
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, levels[0].scalar_type(), "put_", [&] {
-        using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        const auto elements = view_levels<scalar_t>("levels", levels);
-        if (factor) {
-          // float16 may not hold it
-          const at::Tensor by = factor->to(levels[0].options().dtype(dtype));
-          if (!dense) {
-            for (const at::Tensor& level : levels) {
-              level.copy_(level.to(dtype) * by);
-            }
-          } else if (const int64_t chunks = num_chunks(elements)) {
-            scale_kernel<scalar_t, compute_t>
-                <<<std::min(chunks, kScaleBlocks), kThreads, 0, stream>>>(
-                    elements, chunks, by.const_data_ptr<compute_t>());
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-          }
-        }
-        if (index.numel() > 0) {
-          const auto [sorted, order] =
-              at::sort(index.reshape(-1), /*stable=*/true, /*dim=*/0, /*descending=*/false);
-          const at::Tensor source_c = source.contiguous();
-          add_kernel<scalar_t, compute_t><<<num_blocks(index.numel()), kThreads, 0, stream>>>(
-              elements, sorted.template const_data_ptr<int64_t>(),
-              order.template const_data_ptr<int64_t>(), index.numel(),
-              source_c.const_data_ptr<compute_t>());
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-      });
+  raise_errors();
 }
 
 } // namespace

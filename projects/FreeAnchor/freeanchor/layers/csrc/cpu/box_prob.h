@@ -3,25 +3,24 @@
 // A predicted box can only overlap an object by more than the threshold if its centre is near the
 // object's, and its area similar. Coarse bins list the objects for which they are, so for most
 // predictions nothing but the centre is decoded.
-#include <ATen/Dispatch.h>
+#pragma once
+
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "../box_iou.h"
-#include "../checks.h"
 #include "../levels.h"
 
 namespace freeanchor {
-namespace {
 
 // Anchors per task. The results of the tasks are joined in order.
-constexpr int64_t kChunk = 4096;
+constexpr int64_t kAnchors = 4096;
 
 // The objects of one image by the centres and areas that boxes have which may match them.
 template <typename T>
@@ -31,25 +30,25 @@ class Bins {
   // the distance of the centres is less than (1 - t) / (2 * (1 + t)) * (width + object's width);
   // and the width, and the area, must be less than 1 / t times the object's.
   Bins(const Box<T>* objects, int64_t count, double threshold) {
-    const double reach = std::min((1 - threshold) / (2 * threshold) * kSlack, 1e6);
+    const double reach = (1 - threshold) / (2 * threshold) * kSlack; // may be infinite
     for (int64_t i = 0; i < count; ++i) {
       const Box<T>& box = objects[i];
       const double x = (double(box.x1) + box.x2) / 2, y = (double(box.y1) + box.y2) / 2;
       const double dx = (double(box.x2) - box.x1) * reach, dy = (double(box.y2) - box.y1) * reach;
-      near_.push_back({T(x - dx), T(y - dy), T(x + dx), T(y + dy)});
+      near_.push_back({finite(x - dx), finite(y - dy), finite(x + dx), finite(y + dy)});
       range_.x1 = std::min(range_.x1, near_[i].x1);
       range_.y1 = std::min(range_.y1, near_[i].y1);
       range_.x2 = std::max(range_.x2, near_[i].x2);
       range_.y2 = std::max(range_.y2, near_[i].y2);
     }
-    scale_x_ = scale(range_.x2 - range_.x1);
-    scale_y_ = scale(range_.y2 - range_.y1);
+    std::tie(first_x_, scale_x_) = scale(range_.x1, range_.x2);
+    std::tie(first_y_, scale_y_) = scale(range_.y1, range_.y2);
     // Counting sort: begin_[b] is where the objects of bin b begin in objects_.
     const auto for_each_bin = [&](auto visit) {
       for (int64_t i = 0; i < count; ++i) {
         const T area = objects[i].area();
-        if (!(area > 0)) {
-          continue; // nothing overlaps it
+        if (!(area > 0 && area <= kLargest)) {
+          continue; // no IoU with it is above 0
         }
         const int largest = area_bin(T(area / threshold * kSlack));
         for (int size = area_bin(T(area * threshold / kSlack)); size <= largest; ++size) {
@@ -77,7 +76,7 @@ class Bins {
   // Whether a box with this centre may match any object; not if the centre is NaN.
   bool any(T x, T y) const {
     return range_.x1 <= x && x <= range_.x2 && range_.y1 <= y && y <= range_.y2 &&
-        occupied_[bin_y(y) * kSide + bin_x(x)];
+           occupied_[bin_y(y) * kSide + bin_x(x)];
   }
 
   // Calls visit(i) for every object, in order, that a box may match for which any() is true.
@@ -96,14 +95,21 @@ class Bins {
   static constexpr int kSide = 32, kAreas = 16; // bins
   static constexpr double kSlack = 1 + 1e-4;
 
-  static T scale(T range) {
-    return range > T(1e-30) ? kSide / range : 0; // all in one bin if there is but a point
+  // NaN, of no width times an infinite reach, is near nothing.
+  static T finite(double x) {
+    return static_cast<T>(std::clamp(x, -double(kLargest), double(kLargest)));
+  }
+  // All in one bin if there is but a point, or the range overflows.
+  static std::pair<T, T> scale(T low, T high) {
+    const T range = high - low;
+    const bool fits = range > T(1e-30) && range <= kLargest;
+    return fits ? std::pair<T, T>(low, kSide / range) : std::pair<T, T>(0, 0);
   }
   int bin_x(T x) const {
-    return std::min(static_cast<int>((x - range_.x1) * scale_x_), kSide - 1);
+    return std::min(static_cast<int>((x - first_x_) * scale_x_), kSide - 1);
   }
   int bin_y(T y) const {
-    return std::min(static_cast<int>((y - range_.y1) * scale_y_), kSide - 1);
+    return std::min(static_cast<int>((y - first_y_) * scale_y_), kSide - 1);
   }
   // An octave of areas, from one pixel on.
   static int area_bin(T area) {
@@ -112,7 +118,7 @@ class Bins {
 
   static constexpr T kLargest = std::numeric_limits<T>::max();
   Box<T> range_{kLargest, kLargest, -kLargest, -kLargest};
-  T scale_x_, scale_y_;
+  T first_x_, first_y_, scale_x_, scale_y_;
   std::array<bool, kSide * kSide> occupied_{};
   std::vector<Box<T>> near_;
   std::vector<int64_t> begin_;
@@ -140,14 +146,13 @@ struct Task {
 template <typename scalar_t, typename T>
 void find_matches(
     Task<T>& task, const Level<scalar_t>& deltas, const T* anchors, const Bins<T>& bins,
-    const Box<T>* objects, int64_t first_object, const T* weights, T scale_clamp, T threshold) {
+    const Box<T>* objects, int64_t first_object, at::ArrayRef<double> coding, T threshold) {
+  const T weights[4] = {T(coding[0]), T(coding[1]), T(coding[2]), T(coding[3])};
+  const T scale_clamp = T(coding[4]);
   for (int64_t j = task.begin; j < task.end; ++j) {
     const scalar_t* raw = deltas.at(task.image, j);
     const T* a = anchors + 4 * j;
     const Box<T> anchor{a[0], a[1], a[2], a[3]};
-    TORCH_CHECK_VALUE(
-        anchor.x2 >= anchor.x1 && anchor.y2 >= anchor.y1,
-        "anchors must have finite coordinates with x1 <= x2 and y1 <= y2");
     const auto delta = [&](int d) {
       return static_cast<T>(raw[d * deltas.stride[4]]) / weights[d];
     };
@@ -174,31 +179,34 @@ void find_matches(
   }
 }
 
-template <typename scalar_t, typename T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> match(
-    at::TensorList delta_tensors, const std::vector<at::Tensor>& anchors,
-    const at::Tensor& gt_boxes, const at::Tensor& gt_classes, at::IntArrayRef counts,
-    int64_t num_classes, at::ArrayRef<double> weight_values, double scale_clamp,
-    double threshold) {
-  const auto deltas = view_levels<scalar_t>("deltas", delta_tensors);
-  const T weights[4] = {
-      T(weight_values[0]), T(weight_values[1]), T(weight_values[2]), T(weight_values[3])};
-  const auto* objects = reinterpret_cast<const Box<T>*>(gt_boxes.const_data_ptr<T>());
-  const int64_t* classes = gt_classes.const_data_ptr<int64_t>();
+// P{a in A+} of the element `index` of the logits.
+template <typename T>
+struct Cell {
+  int64_t index;
+  T prob;
+};
 
+// Gives the cells, and writes the highest IoU with each object.
+template <typename scalar_t, typename T>
+std::vector<Cell<T>> box_prob(
+    at::TensorList delta_tensors, const std::vector<at::Tensor>& anchors,
+    const at::Tensor& gt_boxes, const int64_t* classes, const int64_t* images, int64_t num_classes,
+    at::ArrayRef<double> coding, double threshold, T* highest) {
+  const auto deltas = view_levels<scalar_t>("deltas", delta_tensors);
+  const auto* objects = reinterpret_cast<const Box<T>*>(gt_boxes.const_data_ptr<T>());
+  const int64_t num_objects = gt_boxes.size(0);
   std::vector<Bins<T>> bins;
   std::vector<int64_t> first_object;
   std::vector<Task<T>> tasks;
-  int64_t objects_before = 0;
   for (int64_t n = 0; n < deltas.images; ++n) {
-    bins.emplace_back(objects + objects_before, counts[n], threshold);
-    first_object.push_back(objects_before);
-    for (int64_t l = 0; l < deltas.count && counts[n] > 0; ++l) {
-      for (int64_t j = 0; j < deltas.level[l].anchors; j += kChunk) {
-        tasks.push_back({n, l, j, std::min(j + kChunk, deltas.level[l].anchors), {}});
+    const auto [begin, end] = std::equal_range(images, images + num_objects, n);
+    first_object.push_back(begin - images);
+    bins.emplace_back(objects + first_object[n], end - begin, threshold);
+    for (int64_t l = 0; l < deltas.count && begin < end; ++l) {
+      for (int64_t j = 0; j < deltas.level[l].anchors; j += kAnchors) {
+        tasks.push_back({n, l, j, std::min(j + kAnchors, deltas.level[l].anchors), {}});
       }
     }
-    objects_before += counts[n];
   }
   at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -206,75 +214,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> match(
       const int64_t first = first_object[task.image];
       find_matches<scalar_t, T>(
           task, deltas.level[task.level], anchors[task.level].template const_data_ptr<T>(),
-          bins[task.image], objects + first, first, weights, scale_clamp, threshold);
+          bins[task.image], objects + first, first, coding, T(threshold));
     }
   });
 
-  at::Tensor max_iou = at::zeros({gt_boxes.size(0)}, gt_boxes.options());
-  T* highest = max_iou.template mutable_data_ptr<T>();
+  std::fill_n(highest, num_objects, T(0));
   for (const Task<T>& task : tasks) {
     for (const Match<T>& match : task.matches) {
       highest[match.object] = std::max(highest[match.object], match.iou);
     }
   }
-  // Tasks come by image and anchor, so only the classes of one anchor are to be ordered. Objects of
-  // the same class share a cell.
-  std::vector<int64_t> cells;
-  std::vector<T> probs;
+  // Objects of the same class share a cell.
+  std::vector<Cell<T>> cells;
   for (const Task<T>& task : tasks) {
+    int64_t anchor = -1;
+    size_t first = 0; // cell of the anchor
     for (const Match<T>& match : task.matches) {
-      const int64_t cell =
-          (task.image * deltas.anchors + match.anchor) * num_classes + classes[match.object];
+      if (match.anchor != anchor) {
+        anchor = match.anchor;
+        first = cells.size();
+      }
+      const int64_t index =
+          (task.image * deltas.anchors + anchor) * num_classes + classes[match.object];
       const T ramp = highest[match.object] - T(threshold);
       const T prob = (match.iou - T(threshold)) / ramp;
-      size_t at = cells.size();
-      while (at > 0 && cells[at - 1] > cell) {
-        --at;
-      }
-      if (at > 0 && cells[at - 1] == cell) {
-        probs[at - 1] = std::max(probs[at - 1], prob);
+      const auto same = std::find_if(cells.begin() + first, cells.end(), [&](const Cell<T>& cell) {
+        return cell.index == index;
+      });
+      if (same == cells.end()) {
+        cells.push_back({index, prob});
       } else {
-        cells.insert(cells.begin() + at, cell);
-        probs.insert(probs.begin() + at, prob);
+        same->prob = std::max(same->prob, prob);
       }
     }
   }
-  const auto copy = [](const auto& values, const at::TensorOptions& options) {
-    at::Tensor tensor = at::empty({static_cast<int64_t>(values.size())}, options);
-    std::copy(
-        values.begin(), values.end(),
-        tensor.template mutable_data_ptr<std::decay_t<decltype(values[0])>>());
-    return tensor;
-  };
-  return {copy(cells, gt_classes.options()), copy(probs, gt_boxes.options()), max_iou};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> box_prob(
-    at::TensorList deltas, at::TensorList anchors, const at::Tensor& gt_boxes,
-    const at::Tensor& gt_classes, at::IntArrayRef counts, int64_t num_classes,
-    at::ArrayRef<double> weights, double scale_clamp, double threshold) {
-  check_box_prob(deltas, anchors, gt_boxes, gt_classes, counts, num_classes, weights);
-  std::vector<at::Tensor> anchor_levels;
-  for (const at::Tensor& level : anchors) {
-    anchor_levels.push_back(level.contiguous());
-  }
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, deltas[0].scalar_type(), "box_prob", [&] {
-        const auto run = [&](auto compute) {
-          return match<scalar_t, decltype(compute)>(
-              deltas, anchor_levels, gt_boxes.contiguous(), gt_classes.contiguous(), counts,
-              num_classes, weights, scale_clamp, threshold);
-        };
-        result = gt_boxes.scalar_type() == at::kDouble ? run(double()) : run(float());
-      });
-  return result;
-}
-
-} // namespace
-
-TORCH_LIBRARY_IMPL(freeanchor, CPU, m) {
-  m.impl("box_prob", box_prob);
+  return cells;
 }
 
 } // namespace freeanchor

@@ -1,0 +1,182 @@
+// The exact search for bags among anchors that form grids, which looks at few of them.
+//
+// An upper bound of the IoU that each shape of anchor can reach excludes most shapes, and for the
+// others the k-th best IoU so far bounds the rows and columns to look at.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "../checks.h"
+#include "best.h"
+
+namespace freeanchor {
+
+// Bounds are computed in double precision. What rounding in float32 may lift above one is looked at
+// too.
+constexpr double kSlack = 1e-5;
+
+// The coordinates along one axis of the anchors of a grid with one index a.
+template <typename T>
+struct Axis {
+  T *low, *high;
+  int64_t count;
+  double min_size = std::numeric_limits<double>::infinity(), max_size = 0, per_step = 0;
+
+  // Copies 2 * count coordinates to `memory`, from where they are far apart, and goes past them.
+  Axis(const T* corners, int64_t stride, int64_t count, T*& memory)
+      : low(memory), high(memory + count), count(count) {
+    memory += 2 * count;
+    bool valid = true;
+    for (int64_t i = 0; i < count; ++i) {
+      low[i] = corners[i * stride];
+      high[i] = corners[i * stride + 2];
+      const double size = double(high[i]) - low[i];
+      valid &= size >= 0 && (i == 0 || centre(i - 1) <= centre(i));
+      min_size = std::min(min_size, size);
+      max_size = std::max(max_size, size);
+    }
+    TORCH_CHECK_VALUE(valid && max_size <= std::numeric_limits<T>::max(), kBadGrid);
+    const double range = centre(count - 1) - centre(0);
+    per_step = range > 0 ? (count - 1) / range : 0;
+  }
+
+  double centre(int64_t i) const { // twice the centre
+    return double(low[i]) + high[i];
+  }
+
+  // The first position whose centre is not below `value`: a guess, put right step by step.
+  int64_t lower_bound(double value) const {
+    const double guess = (value - centre(0)) * per_step;
+    int64_t i = guess > 0 ? static_cast<int64_t>(std::min(guess, double(count - 1))) : 0;
+    while (i > 0 && centre(i - 1) >= value) {
+      --i;
+    }
+    while (i < count && centre(i) < value) {
+      ++i;
+    }
+    return i;
+  }
+
+  // The positions [begin, end) outside of which the overlap with [a, b] is below `overlap`: it is
+  // at most (size + (b - a)) / 2 - distance of the centres.
+  std::pair<int64_t, int64_t> reach(T a, T b, double overlap) const {
+    const double limit = max_size + (double(b) - a) - 2 * overlap;
+    const double twice = double(a) + b;
+    const int64_t begin = lower_bound(twice - limit);
+    int64_t end = begin;
+    while (end < count && centre(end) <= twice + limit) {
+      ++end;
+    }
+    return {begin, end};
+  }
+};
+
+// The anchors of one level and one index a: all translations of (nearly) the same box.
+template <typename T>
+struct Shape {
+  Axis<T> x, y;
+  int64_t first, per_cell;
+
+  int64_t index(int64_t row, int64_t column) const {
+    return first + (row * x.count + column) * per_cell;
+  }
+
+  // Upper bound of the IoU with a box.
+  double bound(const Box<T>& box) const {
+    const double width = double(box.x2) - box.x1, height = double(box.y2) - box.y1;
+    const double inter = std::min(x.max_size, width) * std::min(y.max_size, height);
+    const double area = x.min_size * y.min_size + width * height;
+    return (inter < area - inter ? inter / (area - inter) : 1.0) * (1 + kSlack);
+  }
+};
+
+// Checks the grids among the levels, and gives their shapes, whose coordinates lie in the memory.
+template <typename T>
+std::vector<Shape<T>>
+load_shapes(const std::vector<at::Tensor>& levels, std::vector<T>& coordinates) {
+  std::vector<Shape<T>> shapes;
+  int64_t size = 0, first = 0;
+  for (const at::Tensor& level : levels) {
+    size += level.dim() == 4 ? 2 * (level.size(0) + level.size(1)) * level.size(2) : 0;
+  }
+  coordinates.resize(size);
+  T* memory = coordinates.data();
+  for (const at::Tensor& level : levels) {
+    const bool grid = level.dim() == 4 && level.numel() > 0;
+    const int64_t height = level.size(0), width = grid ? level.size(1) : 0,
+                  per_cell = grid ? level.size(2) : 0;
+    for (int64_t a = 0; a < per_cell; ++a) {
+      const T* corner = level.const_data_ptr<T>() + 4 * a;
+      const Axis<T> x(corner, 4 * per_cell, width, memory);
+      const Axis<T> y(corner + 1, 4 * per_cell * width, height, memory);
+      const T* last = corner + level.numel() - 4 * per_cell;
+      TORCH_CHECK_VALUE(
+          last[0] == x.low[width - 1] && last[2] == x.high[width - 1] &&
+              last[1] == y.low[height - 1] && last[3] == y.high[height - 1],
+          kBadGrid);
+      shapes.push_back({x, y, first + a, per_cell});
+    }
+    first += level.numel() / 4;
+  }
+  return shapes;
+}
+
+// Offers the anchors of one shape.
+template <typename T>
+void search_shape(const Shape<T>& shape, const Box<T>& box, Best<T>& best) {
+  const double width = double(box.x2) - box.x1, height = double(box.y2) - box.y1;
+  const double area = shape.x.min_size * shape.y.min_size + width * height;
+  const double widest = std::min(shape.x.max_size, width);
+  // An IoU of at least t needs an intersection of at least t * (sum of the areas) / (1 + t).
+  const auto needed = [&] { return best.bound() * area / (1 + best.bound()) * (1 - kSlack); };
+  const auto [top, bottom] = shape.y.reach(box.y1, box.y2, widest > 0 ? needed() / widest : 0);
+  const auto search_row = [&](int64_t row) {
+    const T y1 = shape.y.low[row], y2 = shape.y.high[row];
+    const T overlap = std::min(y2, box.y2) - std::max(y1, box.y1);
+    const double wanted = needed() / overlap;
+    if (!(overlap > 0) || wanted > widest) {
+      return;
+    }
+    const auto [left, right] = shape.x.reach(box.x1, box.x2, wanted);
+    for (int64_t column = left; column < right; ++column) {
+      const Box<T> anchor{shape.x.low[column], y1, shape.x.high[column], y2};
+      const T iou = box_iou(box, anchor);
+      if (iou > 0 && iou >= best.bound()) {
+        best.offer({iou, centre_distance(anchor, box), shape.index(row, column)});
+      }
+    }
+  };
+  // From the row of the nearest centre outwards, so that the bound rises early.
+  const int64_t middle = std::clamp(shape.y.lower_bound(double(box.y1) + box.y2), top, bottom);
+  for (int64_t below = middle, above = middle - 1; below < bottom || above >= top;) {
+    if (below < bottom) {
+      search_row(below++);
+    }
+    if (above >= top) {
+      search_row(above--);
+    }
+  }
+}
+
+// Offers the anchors of grids that overlap a box, those of the most similar shape first.
+template <typename T>
+void search_grids(const std::vector<Shape<T>>& shapes, const Box<T>& box, Best<T>& best) {
+  best.clear();
+  std::vector<double> bounds;
+  for (const Shape<T>& shape : shapes) {
+    bounds.push_back(shape.bound(box));
+  }
+  while (true) {
+    const auto next = std::max_element(bounds.begin(), bounds.end());
+    if (*next < 0 || *next < best.bound()) {
+      return;
+    }
+    search_shape(shapes[next - bounds.begin()], box, best);
+    best.raise_bound();
+    *next = -1;
+  }
+}
+
+} // namespace freeanchor

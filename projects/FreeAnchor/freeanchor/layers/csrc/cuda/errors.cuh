@@ -1,0 +1,162 @@
+// Bad values, which only the device sees: kernels leave a note where the host looks without
+// waiting.
+//
+// The error is raised by the operator that finds the note, at once or with the next call. Kernels
+// skip what is bad, so until then nothing is read out of bounds, and the context stays alive.
+#pragma once
+
+#include "../checks.h"
+#include "../levels.h"
+#include "launch.cuh"
+
+namespace freeanchor {
+
+enum Error : int64_t { kGtBoxes = 1, kAnchors, kGrid, kClasses, kImages, kIndex };
+constexpr int kErrorBits = 3; // the bits above them hold what the value must be below
+
+// In memory of the host that all devices can write.
+inline int64_t* error_note() {
+  static int64_t* const note = [] {
+    void* memory = nullptr;
+    C10_CUDA_CHECK(
+        cudaHostAlloc(&memory, sizeof(int64_t), cudaHostAllocMapped | cudaHostAllocPortable));
+    return new (memory) int64_t(0);
+  }();
+  return note;
+}
+
+// The first one counts: later kernels may meet what follows from it.
+__device__ inline void report(int64_t* note, Error error, int64_t bound = 0) {
+  if (*static_cast<volatile int64_t*>(note) == 0) {
+    *static_cast<volatile int64_t*>(note) = bound << kErrorBits | error;
+  }
+}
+
+inline void raise_errors() {
+  auto* note = static_cast<volatile int64_t*>(error_note());
+  const int64_t found = *note, bound = found >> kErrorBits;
+  *note = 0;
+  const int64_t error = found - (bound << kErrorBits);
+  TORCH_CHECK_VALUE(error != kGtBoxes, "gt_boxes", kBadBoxes);
+  TORCH_CHECK_VALUE(error != kAnchors, "anchors", kBadBoxes);
+  TORCH_CHECK_VALUE(error != kGrid, kBadGrid);
+  TORCH_CHECK_VALUE(error != kClasses, "gt_classes", kOutOfRange, bound, ")");
+  TORCH_CHECK_VALUE(error != kImages, "gt_images", kOutOfRange, bound, ")", kNeverDecrease);
+  TORCH_CHECK_VALUE(error != kIndex, "index", kOutOfRange, bound, ")");
+}
+
+template <typename T>
+struct AnchorLevel {
+  const Box<T>* data;
+  int64_t first;                    // index of its first anchor among those of all levels
+  int64_t anchors, width, per_cell; // of a grid, else the last two are 0
+};
+
+template <typename T>
+struct AnchorLevels {
+  int count = 0;
+  int64_t anchors = 0;
+  AnchorLevel<T> level[kMaxLevels];
+
+  AnchorLevels(const std::vector<at::Tensor>& tensors, bool grids) {
+    TORCH_CHECK(
+        tensors.size() <= kMaxLevels, "anchors may have ", kMaxLevels, " levels, got ",
+        tensors.size());
+    for (const at::Tensor& x : tensors) {
+      const bool grid = grids && x.dim() == 4;
+      level[count++] = {
+          reinterpret_cast<const Box<T>*>(x.const_data_ptr<T>()), anchors, x.numel() / 4,
+          grid ? x.size(1) : 0, grid ? x.size(2) : 0};
+      anchors += x.numel() / 4;
+    }
+  }
+
+  // The level of an anchor j < R.
+  __device__ const AnchorLevel<T>& level_of(int64_t j) const {
+    int l = 0;
+    while (j - level[l].first >= level[l].anchors) {
+      ++l;
+    }
+    return level[l];
+  }
+
+  __device__ Box<T> operator[](int64_t j) const {
+    const AnchorLevel<T>& of_anchor = level_of(j);
+    return of_anchor.data[j - of_anchor.first];
+  }
+};
+
+template <typename T>
+__device__ bool in_order(T low, T high, T next_low, T next_high) {
+  return double(low) + high <= double(next_low) + next_high; // twice the centres
+}
+
+// An anchor of a grid, whose x are those of the first row and y those of the first column.
+template <typename T>
+__device__ bool fits_grid(const AnchorLevel<T>& grid, int64_t i) {
+  const int64_t row_size = grid.width * grid.per_cell, row = i / row_size;
+  const int64_t in_row = i - row * row_size, a = in_row % grid.per_cell;
+  const Box<T> box = grid.data[i], x = grid.data[in_row], y = grid.data[row * row_size + a];
+  bool valid = true;
+  if (row == 0) {
+    const Box<T> left = grid.data[in_row < grid.per_cell ? in_row : in_row - grid.per_cell];
+    valid &= is_valid(Box<T>{box.x1, 0, box.x2, 0}) && in_order(left.x1, left.x2, box.x1, box.x2);
+  }
+  if (in_row < grid.per_cell) {
+    const Box<T> above = grid.data[row == 0 ? i : i - row_size];
+    valid &= is_valid(Box<T>{0, box.y1, 0, box.y2}) && in_order(above.y1, above.y2, box.y1, box.y2);
+  }
+  if (i >= grid.anchors - grid.per_cell) {
+    valid &= box.x1 == x.x1 && box.x2 == x.x2 && box.y1 == y.y1 && box.y2 == y.y2;
+  }
+  return valid;
+}
+
+template <typename T>
+struct ObjectList {
+  const Box<T>* boxes;
+  const int64_t *classes, *images; // may be null
+  int64_t count;
+};
+
+// A thread per object or anchor.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) check_kernel(
+    const ObjectList<T> objects, const AnchorLevels<T> anchors, int64_t num_classes,
+    int64_t num_images, int64_t* note) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < anchors.anchors) {
+    const AnchorLevel<T>& level = anchors.level_of(i);
+    if (level.per_cell == 0 && !is_valid(level.data[i - level.first])) {
+      report(note, kAnchors);
+    }
+    if (level.per_cell > 0 && !fits_grid(level, i - level.first)) {
+      report(note, kGrid);
+    }
+  }
+  if (i < objects.count) {
+    if (!is_valid(objects.boxes[i])) {
+      report(note, kGtBoxes);
+    }
+    if (objects.classes && !(0 <= objects.classes[i] && objects.classes[i] < num_classes)) {
+      report(note, kClasses, num_classes);
+    }
+    if (objects.images && !((i > 0 ? objects.images[i - 1] : 0) <= objects.images[i] &&
+                            objects.images[i] < num_images)) {
+      report(note, kImages, num_images);
+    }
+  }
+}
+
+template <typename T>
+void check_values(
+    const ObjectList<T>& objects, const AnchorLevels<T>& anchors, int64_t num_classes,
+    int64_t num_images) {
+  if (const int64_t items = std::max(objects.count, anchors.anchors)) {
+    check_kernel<T><<<num_blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        objects, anchors, num_classes, num_images, error_note());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+} // namespace freeanchor
