@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2 import layers
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -18,6 +19,8 @@ from freeanchor.checkpoint import write_checkpoint
 from freeanchor.deploy import Predictor
 from PIL import Image
 
+# Detectron2's main branch has what 0.6 lacks; both call themselves "0.6".
+IS_DETECTRON2_MAIN = hasattr(layers, "move_device_like")
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = REPOSITORY / "configs" / "quick" / "free_anchor_R_18_FPN.yaml"

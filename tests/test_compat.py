@@ -8,13 +8,11 @@ import detectron2.layers
 import detectron2.structures
 import pytest
 import torch
+from conftest import IS_DETECTRON2_MAIN
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import anchor_generator, build_model
 from detectron2.modeling.meta_arch import retinanet
 from freeanchor import compat
-
-# Its main branch has what 0.6 lacks.
-IS_MAIN = hasattr(detectron2.layers, "move_device_like")
 
 
 def run(code):
@@ -178,7 +176,7 @@ def test_norms_in_the_head(cfg, norm, kind):
         assert {x.num_groups for x in found} == {32}
 
 
-@pytest.mark.skipif(IS_MAIN, reason="the main branch is left alone, and warns")
+@pytest.mark.skipif(IS_DETECTRON2_MAIN, reason="the main branch is left alone, and warns")
 def test_anchors_without_a_warning(cfg):
     """The same anchors as ever, and nothing of torch.meshgrid in the log."""
     cfg.MODEL.ANCHOR_GENERATOR.SIZES, cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[8]], [[1.0]]
@@ -196,6 +194,6 @@ def test_anchors_without_a_warning(cfg):
 
 def test_what_detectron2_does_right_is_left_alone():
     """Functions are replaced in 0.6 only."""
-    assert (retinanet.get_norm is detectron2.layers.get_norm) == IS_MAIN
+    assert (retinanet.get_norm is detectron2.layers.get_norm) == IS_DETECTRON2_MAIN
     offsets = anchor_generator._create_grid_offsets
-    assert offsets.__module__.startswith("detectron2") == IS_MAIN
+    assert offsets.__module__.startswith("detectron2") == IS_DETECTRON2_MAIN
