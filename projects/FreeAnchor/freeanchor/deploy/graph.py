@@ -12,7 +12,7 @@ import torchvision
 from detectron2.modeling import RetinaNet
 from torch import Tensor, nn
 
-from ..layers.matching import decode_boxes
+from ..layers.matching import BoxCoding, decode_boxes
 
 __all__ = ["Detector"]
 
@@ -94,13 +94,14 @@ class Detector(nn.Module):
     def _decode(self, level: int, deltas: Tensor, index: Tensor, width: int) -> Tensor:
         """Boxes (N, k, 4) of anchors: (N, k) indices in the order of the memory of deltas."""
         generator, transform = self.model.anchor_generator, self.model.box2box_transform
+        coding = BoxCoding(transform.weights, transform.scale_clamp)
         shape = torch.div(index, deltas.shape[3], rounding_mode="floor")
         cell = index - shape * deltas.shape[3]
         row = torch.div(cell, width, rounding_mode="floor")
         center = torch.stack([cell - row * width, row], dim=2) + generator.offset
         center = center.to(torch.float32) * generator.strides[level]
         anchors = torch.cat([center, center], dim=2) + list(generator.cell_anchors)[level][shape]
-        return decode_boxes(_pick(deltas, index), anchors, transform.weights, transform.scale_clamp)
+        return decode_boxes(_pick(deltas, index), anchors, coding)
 
     def _select(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, height: int, width: int
