@@ -4,6 +4,8 @@ r"""Train and evaluate FreeAnchor: Detectron2's `tools/train_net.py` for this pr
 Examples::
 
     train_net.py --config-file configs/COCO-Detection/free_anchor_R_50_FPN_1x.yaml --num-gpus 8
+    torchrun --nproc-per-node 2 train_net.py --config-file ...
+    train_net.py --config-file ... --resume
     train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
     train_net.py --config-file ... --dataset my_train train.json images/ \
         --dataset my_val val.json images/ DATASETS.TRAIN "('my_train',)" DATASETS.TEST "('my_val',)"
@@ -45,7 +47,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
-    export(args, cfg, trainer.checkpointer.model)
+    export(args, cfg, trainer.evaluated_model)
     return results
 
 

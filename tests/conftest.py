@@ -1,6 +1,9 @@
 """What several test files need."""
 
 import json
+import logging
+import runpy
+import sys
 from pathlib import Path
 
 import freeanchor  # isort: skip  # makes Detectron2 importable
@@ -139,6 +142,63 @@ def dataset(coco):
     triple = coco(category_ids=(3, 9))
     data.register_datasets([triple])
     return triple
+
+
+@pytest.fixture
+def train_net(monkeypatch):
+    """Runs `train_net.py` in this process, as a user would on the command line."""
+
+    def run(*arguments, config=QUICK):
+        command = ["train_net.py", "--config-file", str(config), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        return runpy.run_path(str(REPOSITORY / "train_net.py"), run_name="__main__")
+
+    yield run
+    for name in ("detectron2", "fvcore", "freeanchor"):  # Detectron2 logs to a file of this test
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+
+
+@pytest.fixture
+def tiny(train_net, tmp_path):
+    """Trains a tiny model, on the command line, and gives the folder that it wrote to."""
+    from tiny_run import OPTIONS, write_data  # of tests/engine, where this is used
+
+    write_data(tmp_path / "data")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small layers, for which two threads only wait for each other
+
+    def run(*options, output="output"):
+        flags = [x for x in options if str(x).startswith("--")]
+        values = [str(x) for x in options if x not in flags]
+        triple = [tmp_path / "data" / x for x in ("train.json", "images")]
+        keys = ["OUTPUT_DIR", tmp_path / output, "DATALOADER.NUM_WORKERS", "0"]
+        keys += ["SOLVER.MAX_ITER", "6"]
+        train_net(*flags, "--dataset", "tiny", *triple, *OPTIONS, *keys, *values)
+        return tmp_path / output
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Does something before a step: a function of the `TrainStep`."""
+    from freeanchor.engine.step import TrainStep
+
+    run_step = TrainStep.run_step
+
+    def install(function):
+        def run(step):
+            function(step)
+            run_step(step)
+
+        monkeypatch.setattr(TrainStep, "run_step", run)
+
+    return install
 
 
 @pytest.fixture

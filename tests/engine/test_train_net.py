@@ -1,14 +1,11 @@
 """The command line: training, resuming, evaluating, and what it refuses."""
 
 import json
-import logging
 import re
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import GOLDEN, QUICK, REPOSITORY
+from conftest import GOLDEN
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -23,24 +20,6 @@ TINY = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
 ]
-
-
-@pytest.fixture
-def train_net(monkeypatch):
-    """Runs `train_net.py` in this process, as a user would on the command line."""
-
-    def run(*arguments, config=QUICK):
-        command = ["train_net.py", "--config-file", str(config), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        return runpy.run_path(str(REPOSITORY / "train_net.py"), run_name="__main__")
-
-    yield run
-    for name in ("detectron2", "fvcore", "freeanchor"):  # Detectron2 logs to a file of this test
-        logger = logging.getLogger(name)
-        for handler in logger.handlers[:]:
-            logger.removeHandler(handler)
-            handler.close()
-        logger.propagate = True
 
 
 @pytest.fixture
@@ -187,17 +166,30 @@ def test_evaluation_of_other_classes(train_net, data_options, tmp_path, cfg):
         train_net("--eval-only", *register, *options, "MODEL.WEIGHTS", tmp_path / "five.pth")
 
 
-def test_resuming_from_a_file_that_was_cut_off(train_net, data_options, tmp_path):
-    """The file is named, so that an earlier one can be taken."""
+def test_resuming_from_files_that_are_damaged(train_net, data_options, tmp_path):
+    """The newest checkpoint that is whole is taken, and if none is, the newest is named."""
     register, names = data_options
-    options = [*names, *TINY, "OUTPUT_DIR", tmp_path / "output"]
+    output = tmp_path / "output"
+    options = [*names, *TINY, "OUTPUT_DIR", output, "SOLVER.MAX_ITER", "5"]
     train_net(*register, *options)
     forget("train")
     forget("val")
-    path = tmp_path / "output" / "model_final.pth"
-    path.write_bytes(path.read_bytes()[:-5000])
+    (output / "model_final.pth").unlink()
+    newest, older = output / "model_0000003.pth", output / "model_0000001.pth"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # which PyTorch would not notice
+    newest.write_bytes(content)
+    train_net("--resume", *register, *options)
+    forget("train")
+    forget("val")
+    log = (output / "log.txt").read_text()
+    assert re.search(r"final\.pth, \S+0003\.pth: gone, empty or damaged. .*model_0000001\.pth", log)
+    assert "Starting training from iteration 2" in log
+    for path in output.glob("model_*.pth"):
+        path.write_bytes(path.read_bytes()[: -len(content) // 3])
+    older.write_bytes(b"")
     with pytest.raises(SystemExit, match=r"train_net\.py: \S+model_final\.pth is damaged"):
-        train_net("--resume", *register, *options, "SOLVER.MAX_ITER", "5")
+        train_net("--resume", *register, *options)
 
 
 def test_hostile_config(train_net, tmp_path):

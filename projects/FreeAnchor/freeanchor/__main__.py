@@ -131,6 +131,16 @@ def _check(args: argparse.Namespace) -> None:
         raise DatasetError(f"{args.annotations} cannot be trained on as it is")
 
 
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="the non_finite_*.pth that train_net.py names")
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from .engine import replay
+
+    print(replay(args.file))
+
+
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--num-train", type=int, default=400)
@@ -330,6 +340,7 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "check": ("look at a data set before it is trained on", _add_check, _check),
     "export": ("write a model for other runtimes", _add_export, _export),
+    "replay": ("run a training step that was not finite again", _add_replay, _replay),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),
 }

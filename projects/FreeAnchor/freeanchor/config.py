@@ -45,6 +45,9 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Names of the classes, in the order of the model's outputs; empty: those of the first data set.
     # Data sets are brought to them by name.
     cfg.MODEL.FREEANCHOR.CLASS_NAMES = []
+    # Whose objects the losses are divided by: those of all processes ("global"), which gives the
+    # gradient of one large batch, or as in the paper those of each one ("local").
+    cfg.MODEL.FREEANCHOR.NORMALIZER = "global"
 
     # How models of other implementations differ from Detectron2's RetinaNet; see also
     # RoundedAnchorGenerator, a name for MODEL.ANCHOR_GENERATOR.NAME.
@@ -88,6 +91,21 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
 
     # Evaluate in the precision of SOLVER.AMP too; boxes, scores and NMS stay in float32.
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
+    # Parts that the batch of a process is computed in, one after another: less memory, same result.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Moving average of the weights, which is then evaluated and loaded: 0.999, say; 0 for none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # A checkpoint is also written every so many minutes; 0 for never.
+    cfg.SOLVER.CHECKPOINT_MINUTES = 15
+    # The newest of the checkpoints with an iteration in their names that are kept; 0 for all.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 5
+    # Steps with a loss or gradient that is not finite which are left out before the run ends.
+    cfg.SOLVER.SKIP_NON_FINITE = 0
+
+    # The metric of model_best.pth, with TEST.EVAL_PERIOD; with several data sets "NAME/bbox/AP".
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    # Evaluations without a better TEST.BEST_METRIC after which the training ends; 0 for never.
+    cfg.TEST.EARLY_STOPPING = 0
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["DatasetError", "FileError", "FreeAnchorError", "shorten"]
+__all__ = ["DatasetError", "FileError", "FreeAnchorError", "LoaderError", "shorten"]
 
 _MOST_NAMED = 5
 
@@ -17,6 +17,10 @@ class DatasetError(FreeAnchorError):
 
 class FileError(FreeAnchorError):
     """A checkpoint or config cannot be used. The message names the file and says what to do."""
+
+
+class LoaderError(FreeAnchorError):
+    """The next batch cannot be loaded. What was trained before is as good as ever."""
 
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:

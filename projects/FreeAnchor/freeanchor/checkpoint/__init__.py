@@ -5,7 +5,7 @@ from .checkpointer import Checkpointer, class_config
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
-from .files import find, read_checkpoint, read_class_names, write_checkpoint
+from .files import find, read_checkpoint, read_class_names, replacing, write_checkpoint
 
 __all__ = [
     "Checkpointer",
@@ -17,6 +17,7 @@ __all__ = [
     "hand_over",
     "read_checkpoint",
     "read_class_names",
+    "replacing",
     "to_detectron2",
     "write_checkpoint",
 ]

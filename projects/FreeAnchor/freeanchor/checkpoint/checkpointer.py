@@ -1,18 +1,30 @@
-"""Loading weights into a model, so that a model that is not what it seems is an error."""
+"""Saving and loading models: never half a file, and no model that is not what it seems."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import to_detectron2
-from .files import CLASS_NAMES, CONFIG_KEY, find, read_checkpoint, wants_heuristics
+from .files import (
+    CLASS_NAMES,
+    CONFIG_KEY,
+    find,
+    is_whole,
+    read_checkpoint,
+    remove_unfinished,
+    replacing,
+    wants_heuristics,
+)
 from .timm_weights import from_timm
 
 __all__ = ["Checkpointer", "class_config"]
@@ -28,6 +40,8 @@ _PIXELS = ("pixel_mean", "pixel_std")
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
 _MOST_MISSING = 0.2
+# The best one by a metric, which is none to resume from.
+_BEST = "model_best"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -53,10 +67,77 @@ class Checkpointer(DetectionCheckpointer):
         self.cfg = cfg
         self._is_start = False
         self._has_other_classes = False
+        self._is_result = True
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint, which names the classes too."""
-        super().save(name, **{CONFIG_KEY: class_config(self.cfg)}, **kwargs)
+        """Write a checkpoint, as a whole or not at all, on the main process. It names the classes.
+
+        Args:
+            name: of the file, without `.pth`. `--resume` takes the one that was written last,
+                except `model_best`.
+            kwargs: what to save besides.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict(), CONFIG_KEY: class_config(self.cfg)}
+        content.update({key: x.state_dict() for key, x in self.checkpointables.items()}, **kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with replacing(path) as f:
+            torch.save(content, f)
+        if name != _BEST:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename.encode())
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all but the newest checkpoints of an iteration, and what was left half written."""
+        remove_unfinished(self.save_dir)
+        numbered = sorted(Path(self.save_dir).glob("model_" + "[0-9]" * 7 + ".pth"))
+        for path in numbered[: max(0, len(numbered) - count)]:
+            path.unlink(missing_ok=True)
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._candidates())
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint that is whole, the same on all processes.
+
+        Raises:
+            FileError: there are checkpoints, and all of them are damaged.
+        """
+        return str(comm.all_gather(self._newest_whole() if comm.is_main_process() else "")[0])
+
+    def _newest_whole(self) -> str:
+        candidates = self._candidates()
+        damaged: list[str] = []
+        for path in candidates:
+            if is_whole(path):
+                if damaged:
+                    self.logger.warning(
+                        f"{', '.join(damaged)}: gone, empty or damaged. The newest checkpoint that "
+                        f"is whole is {path}"
+                    )
+                return path
+            damaged.append(path)
+        # What is wrong with the newest, as an error of the usual kind.
+        return candidates[0] if candidates else ""
+
+    def _candidates(self) -> list[str]:
+        """What `last_checkpoint` names, if it is there, and then the others from the newest on."""
+        folder = Path(self.save_dir)
+        files = [x for x in folder.glob("model_*.pth") if x.stem != _BEST]
+        files.sort(key=lambda x: x.stat().st_mtime_ns, reverse=True)
+        try:
+            last = folder / (folder / "last_checkpoint").read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            last = folder
+        return [str(x) for x in dict.fromkeys([last, *files]) if x != folder]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint or, without one, load weights to start training from.
@@ -103,6 +184,8 @@ class Checkpointer(DetectionCheckpointer):
                 exactly those of this model.
         """
         self.path = path
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        self._is_result = "trainer" not in wanted
         checkpoint: dict[str, Any] = super().load(path and find(path), checkpointables)
         return checkpoint
 
@@ -118,6 +201,11 @@ class Checkpointer(DetectionCheckpointer):
         config = checkpoint.pop(CONFIG_KEY, {})
         self._check_classes(config.pop(CLASS_NAMES, []))
         self._check_config(config)
+        if self._is_result and "ema" in checkpoint:
+            self.logger.info(f"Taking the average of the weights (SOLVER.EMA_DECAY) in {filename}")
+            average = checkpoint.pop("ema")
+            average.pop("n_averaged")
+            checkpoint["model"] = {k.removeprefix("module."): v for k, v in average.items()}
         return checkpoint
 
     def _check_classes(self, names: list[str]) -> None:

@@ -5,20 +5,23 @@ Here, tensors, arrays and plain containers are all that a file can make, unless 
 more, see :mod:`freeanchor.config`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import re
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..config import OPT_IN, is_unsafe_allowed
@@ -29,8 +32,11 @@ __all__ = [
     "CLASS_NAMES",
     "CONFIG_KEY",
     "find",
+    "is_whole",
     "read_checkpoint",
     "read_class_names",
+    "remove_unfinished",
+    "replacing",
     "write_checkpoint",
 ]
 
@@ -41,6 +47,7 @@ CONFIG_KEY = "freeanchor_config"
 _HEURISTICS = "?matching_heuristics="
 # The one among them that names the classes.
 CLASS_NAMES = "MODEL.FREEANCHOR.CLASS_NAMES"
+_UNFINISHED = ".unfinished"
 # What a file holds may take more memory than the file: tied weights, small headers.
 _MOST_TIMES_LARGER = 10
 _ALWAYS_ALLOWED = 2**24
@@ -171,20 +178,65 @@ def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[st
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise FileError(f"{path}: weights are written as .pth or .safetensors")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
         if path.suffix == ".pth":
             torch.save({"model": model, "__author__": "FreeAnchor", CONFIG_KEY: config}, unfinished)
         else:
             # Copies: safetensors has no views and no two names of one memory.
             tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.items()}
-            save_file(tensors, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+            content = save(tensors, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+            unfinished.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """Write a file as a whole or not at all, also where the machine loses its power meanwhile.
+
+    Args:
+        path: the file, whose folder is made if need be.
+
+    Yields:
+        A file that takes its place, once it is on the disk.
+
+    Raises:
+        FileError: it cannot be written; nothing is left of it, and `path` is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
         unfinished.replace(path)
-    except OSError as e:
-        raise FileError(f"{path} cannot be written: {e}") from e
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # of the new name
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as e:
+        # PyTorch's writer hides the reason behind an error of its own.
+        reason = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise FileError(f"{path} cannot be written: {reason}") from e
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what :func:`replacing` could not, because its process was killed."""
+    for path in Path(folder).glob(f"*.*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a PyTorch file (.pth) is there and as it was written, by its checksums."""
+    try:
+        with zipfile.ZipFile(path) as f:
+            return f.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return False
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from .defaults import argument_parser, build_config, check, setup
 from .hooks import MatchingPictures
 from .launch import launch
+from .loader import TrainLoader
+from .replay import replay
 from .trainer import Trainer, build_evaluator
 
 __all__ = [
     "MatchingPictures",
+    "TrainLoader",
     "Trainer",
     "argument_parser",
     "build_config",
     "build_evaluator",
     "check",
     "launch",
+    "replay",
     "setup",
 ]

@@ -3,16 +3,18 @@
 import argparse
 import logging
 import os
+import sys
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names
 from ..command_line import add_dataset_argument
-from ..config import add_freeanchor_config, merge_config, merge_options
+from ..config import add_freeanchor_config, merge_config, merge_options, read_config
 from ..data import (
     NUM_CLASSES_FROM_DATA,
     ImageReader,
@@ -28,6 +30,9 @@ __all__ = ["argument_parser", "build_config", "check", "setup"]
 
 logger = logging.getLogger(__name__)
 
+# How much larger than the config file's a learning rate per image may be without a warning.
+_TOLERATED = 2.0
+
 
 def argument_parser() -> argparse.ArgumentParser:
     """Build Detectron2's parser with the options of FreeAnchor."""
@@ -37,6 +42,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "--export-safetensors",
         action="store_true",
         help="also write the weights, trained or with --eval-only, to model_final.safetensors",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="how long a process waits for the others before it gives up (default: 30)",
     )
     return parser
 
@@ -113,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
             "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
         )
     _check_pixels(cfg)
+    if not args.eval_only and not args.resume:
+        _check_output(cfg.OUTPUT_DIR)
     for name in _dataset_names(cfg, args):
         check_images([name], ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
@@ -131,15 +145,53 @@ def _check_pixels(cfg: CfgNode) -> None:
 
 def _check_devices(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        if args.num_machines > 1:
+        if args.num_gpus > 1 or args.num_machines > 1:
+            nodes = f"--nnodes {args.num_machines} " if args.num_machines > 1 else ""
             raise FreeAnchorError(
-                "--num-machines: several machines need CUDA GPUs, and there is none"
+                f"--num-gpus {args.num_gpus}: there is no CUDA GPU. Several processes on CPUs are "
+                f"started by: torchrun {nodes}--nproc-per-node {args.num_gpus} {sys.argv[0]} ..."
             )
         args.num_gpus = 1  # one process, on the CPU
     elif args.num_gpus > torch.cuda.device_count():
         raise FreeAnchorError(
             f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}"
         )
+
+
+def _check_output(output_dir: str) -> None:
+    """Refuse to mix two runs in one folder."""
+    folder = Path(output_dir)
+    for path in (folder / "last_checkpoint", *folder.glob("model_*.pth"), folder / "metrics.json"):
+        if path.is_file() and path.stat().st_size:
+            raise FreeAnchorError(
+                f"OUTPUT_DIR {output_dir} holds a run already ({path.name}): add --resume to go on "
+                "with it, or choose another folder"
+            )
+
+
+def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
+    """What to say of a learning rate that is for larger batches, empty if it is not.
+
+    Args:
+        cfg: config of the run, scaled by `SOLVER.REFERENCE_WORLD_SIZE`.
+        file: the config file as it is.
+    """
+    ours, theirs = cfg.SOLVER, file.SOLVER
+    scale = ours.IMS_PER_BATCH / theirs.IMS_PER_BATCH
+    if _TOLERATED * theirs.BASE_LR * scale >= ours.BASE_LR:
+        return ""
+    scaled = {
+        "BASE_LR": f"{theirs.BASE_LR * scale:.4g}",
+        "MAX_ITER": round(theirs.MAX_ITER / scale),
+        "STEPS": f'"{tuple(round(x / scale) for x in theirs.STEPS)}"',
+        "WARMUP_ITERS": round(theirs.WARMUP_ITERS / scale),
+    }
+    return (
+        f"SOLVER.BASE_LR {ours.BASE_LR:.4g} with batches of {ours.IMS_PER_BATCH} images is "
+        f"{ours.BASE_LR / (theirs.BASE_LR * scale):.3g} times what the config file has for each "
+        f"image ({theirs.BASE_LR:.4g} with {theirs.IMS_PER_BATCH}), and the losses may become NaN. "
+        "Scaled, it is: " + " ".join(f"SOLVER.{key} {value}" for key, value in scaled.items())
+    )
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -150,7 +202,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))
     if not torch.cuda.is_available():
-        logger.warning("There is no CUDA GPU: running on the CPU, in one process, without AMP")
+        logger.warning("There is no CUDA GPU: running on the CPU, without AMP")
+    if not args.eval_only:
+        scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if warning := _learning_rate_warning(scaled, read_config(args.config_file)):
+            logger.warning(warning)
     if (
         not (args.eval_only or args.resume or cfg.MODEL.WEIGHTS)
         and cfg.MODEL.BACKBONE.FREEZE_AT > 0

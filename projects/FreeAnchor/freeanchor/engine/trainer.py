@@ -2,20 +2,32 @@
 
 import logging
 import os
+import weakref
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import DatasetEvaluators, verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, JSONWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..data import ImageReader, Mapper, load_training_set
+from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator
 from ..modeling import FreeAnchor, MultiScaleTest
 from ..paths import file_stem
+from .checkpoints import BestCheckpointer, Checkpoints
+from .failures import explained_silence
 from .hooks import MatchingPictures
+from .loader import TrainLoader
+from .metrics import MetricsWriter, TolerantWriter
+from .random_state import random_state, set_random_state
+from .step import TrainStep, without_ddp
 
 __all__ = ["Trainer", "build_evaluator"]
 
@@ -23,9 +35,171 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer, on checked data and with COCO evaluation."""
+    """Detectron2's trainer, on checked data and with COCO evaluation.
+
+    What it builds and the hooks that it runs are Detectron2's; the loop, the step and what a
+    checkpoint holds are its own, the same with Detectron2 0.6 and its main branch.
+    """
 
     checkpointer: Any
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Build model, optimiser, data loader and hooks.
+
+        Args:
+            cfg: config of the run, for `SOLVER.REFERENCE_WORLD_SIZE` processes.
+
+        Raises:
+            FreeAnchorError: the batch cannot be divided as the config wants it.
+        """
+        TrainerBase.__init__(self)
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        _check_batch(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        self._trainer = TrainStep(cfg, ddp_model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        average = {} if self._trainer.ema is None else {"ema": self._trainer.ema}
+        self.checkpointer = Checkpointer(
+            model, cfg, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **average
+        )
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model whose results count: with `SOLVER.EMA_DECAY` the average."""
+        ema = self._trainer.ema
+        return without_ddp(self.model) if ema is None else ema.module
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on exactly where the last checkpoint stopped, or load weights to start from.
+
+        Raises:
+            FileError: see :class:`freeanchor.checkpoint.Checkpointer`.
+        """
+        self._lacking: list[str] = []
+        self._resumed = False
+        content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not self._resumed:
+            return
+        if self._trainer.ema is not None and self._trainer.ema.n_averaged == 0:
+            self._lacking.append("the average of the weights")
+        states = content.get("random_states")
+        if states is None:
+            self._lacking.append("the random numbers")
+        elif len(states) == comm.get_world_size():
+            set_random_state(states[comm.get_rank()])
+        else:
+            logger.warning(
+                f"Resuming with {comm.get_world_size()} processes instead of {len(states)}: the "
+                "images go on where they stopped, but the run is not identical to an "
+                "uninterrupted one"
+            )
+        if self._lacking:
+            logger.warning(
+                f"{self.checkpointer.path} does not hold {', '.join(self._lacking)}, which start "
+                "anew: the run is not identical to an uninterrupted one"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = TrainerBase.state_dict(self)
+        state["optimizer"] = self.optimizer.state_dict()
+        state["grad_scaler"] = self._trainer.grad_scaler.state_dict()
+        if hasattr(self.data_loader, "state_dict"):
+            state["data"] = self.data_loader.state_dict()
+        state["skipped"] = self._trainer.skipped
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken.
+
+        The learning rate and its schedule are those of the config, not of the state: who resumes
+        with others means them.
+        """
+        self._resumed = True
+        hooks = {k: v for k, v in state.get("hooks", {}).items() if k != "LRScheduler"}
+        TrainerBase.load_state_dict(self, {"iteration": state["iteration"], "hooks": hooks})
+        state = {**state.get("_trainer", {}), **state}  # where Detectron2's main branch has it
+        done = state["iteration"] + 1
+        if "optimizer" in state:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        else:
+            self._lacking.append("the momentum of the optimiser")
+        if state.get("grad_scaler"):
+            self._trainer.grad_scaler.load_state_dict(state["grad_scaler"])
+        self._trainer.skipped = state.get("skipped", 0)
+        if "data" in state and hasattr(self.data_loader, "load_state_dict"):
+            done = self._load_position(state["data"], done)
+        else:
+            self._lacking.append("the order of the images")
+        self.start_iter = done
+        self.iter = self.scheduler.last_epoch = done
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
+
+    def _load_position(self, data: dict[str, Any], done: int) -> int:
+        """The iterations that are done, counted in those of this run."""
+        before: int = data["seen"][-1][0]
+        now: int = self.cfg.SOLVER.IMS_PER_BATCH
+        self.data_loader.load_state_dict(data)
+        if before == now or not self.cfg.SOLVER.REFERENCE_WORLD_SIZE:
+            return done
+        scaled = round(done * before / now)
+        logger.warning(
+            f"SOLVER.IMS_PER_BATCH is {now} instead of {before}: {done} iterations are {scaled} now"
+        )
+        return scaled
+
+    def train(self) -> dict[str, Any]:
+        """Train from `start_iter` until `max_iter`, which a hook may lower.
+
+        Returns:
+            The results of the last evaluation, on the main process.
+
+        Raises:
+            FreeAnchorError: training cannot go on, or the last checkpoint could not be written.
+        """
+        logger.info(f"Starting training from iteration {self.start_iter}")
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                with explained_silence(self):
+                    while self.iter < self.max_iter:
+                        self.before_step()
+                        self.run_step()
+                        self.after_step()
+                        self.iter += 1
+            except (DatasetError, LoaderError):
+                # Saving takes all processes, and the others do not know of the error.
+                if self.iter > self.start_iter and comm.get_world_size() == 1:
+                    self.iter -= 1
+                    self._checkpoints.save()
+                raise
+            finally:
+                self.after_train()
+        results: dict[str, Any] = getattr(self, "_last_eval_results", {})
+        if comm.is_main_process():
+            verify_results(self.cfg, results)
+        if self._checkpoints.problem:
+            raise FreeAnchorError(
+                f"The run ended without its checkpoint: {self._checkpoints.problem}"
+            )
+        return results
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":  # which the step clips itself
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -33,7 +207,7 @@ class Trainer(DefaultTrainer):
         # Enough to take the place of as many images as may break.
         spares = records[:: max(1, len(records) // (2 * cfg.DATALOADER.MAX_BROKEN_IMAGES + 1))]
         mapper = Mapper(cfg, is_train=True, spares=spares)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+        return TrainLoader(cfg, records, mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -59,19 +233,53 @@ class Trainer(DefaultTrainer):
         return results
 
     def build_hooks(self) -> list[Any]:
-        # Before the hooks take the checkpointer that Detectron2 has built.
-        self.checkpointer = Checkpointer(
-            self.checkpointer.model,
-            self.cfg,
-            self.cfg.OUTPUT_DIR,
-            **self.checkpointer.checkpointables,
-        )
-        hooks: list[Any] = super().build_hooks()
-        model = self.checkpointer.model  # without DistributedDataParallel
-        if self.cfg.VIS_PERIOD > 0 and isinstance(model, FreeAnchor):
+        cfg, step = self.cfg, self._trainer
+        self._checkpoints = Checkpoints(cfg, self.checkpointer, step)
+
+        def evaluate() -> dict[str, Any]:
+            # Its loaders draw random numbers, which a resumed run does not.
+            state = random_state()
+            with self._checkpoints.interruptible():
+                self._last_eval_results = self.test(cfg, self.evaluated_model)
+            set_random_state(state)
+            return self._last_eval_results
+
+        model = without_ddp(self.model)
+        result: list[Any] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.VIS_PERIOD > 0 and isinstance(model, FreeAnchor):
             # First, so that the writers among the others find its pictures.
-            hooks.insert(0, MatchingPictures(model, self.cfg.VIS_PERIOD))
-        return hooks
+            result.insert(0, MatchingPictures(model, cfg.VIS_PERIOD))
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
+            loader = self.build_train_loader(cfg)  # another one than that of the training
+            number = cfg.TEST.PRECISE_BN.NUM_ITER
+            result.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, number))
+        # Before the evaluation, so that nothing is lost if that fails or is interrupted.
+        result += [self._checkpoints, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+        if comm.is_main_process():
+            if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
+                result.append(BestCheckpointer(cfg, self.checkpointer, step))
+            result.append(hooks.PeriodicWriter(self.build_writers()))
+        return result
+
+    def build_writers(self) -> list[Any]:
+        path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        writers: list[Any] = []
+        for writer in super().build_writers():
+            if isinstance(writer, JSONWriter):
+                writer.close()
+                writer = MetricsWriter(path)
+            writers.append(TolerantWriter(writer))
+        return writers
+
+
+def _check_batch(cfg: CfgNode) -> None:
+    size, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
+    processes = comm.get_world_size()
+    if size % (processes * parts):
+        raise FreeAnchorError(
+            f"SOLVER.IMS_PER_BATCH {size} is no multiple of {processes} processes x "
+            f"SOLVER.ACCUMULATION_STEPS {parts}: change one of them"
+        )
 
 
 def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:

@@ -18,6 +18,7 @@ from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
 from .host_and_device import DelayedScalars, to_device
 from .inference import detect
+from .normalizer import Normalizer
 
 __all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
 
@@ -71,6 +72,7 @@ class FreeAnchor(RetinaNet):
         bbox_reg_weight: float = 0.75,
         inclusive_corners: bool = False,
         config: CfgNode | None = None,
+        normalizer: str = "global",
         **kwargs: Any,
     ) -> None:
         """Build the model from its parts.
@@ -83,6 +85,7 @@ class FreeAnchor(RetinaNet):
                 their image, as in the paper's repository. Inputs and outputs are Detectron2's.
             config: what the model was built with, if with a config. Weights that need another one
                 are refused.
+            normalizer: whose objects the losses are divided by, see :class:`Normalizer`.
             kwargs: see :class:`detectron2.modeling.RetinaNet`. `focal_loss_alpha` weighs the
                 positive against the negative loss, `focal_loss_gamma` focuses the negative one.
 
@@ -107,6 +110,7 @@ class FreeAnchor(RetinaNet):
         self._delayed_scalars = DelayedScalars()
         self.inclusive_corners = inclusive_corners
         self.config = config
+        self.normalizer = Normalizer(normalizer)
         if inclusive_corners:
             self.register_forward_pre_hook(_to_inclusive_corners)
             self.register_forward_hook(_from_inclusive_corners)
@@ -127,6 +131,7 @@ class FreeAnchor(RetinaNet):
         ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
         ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
         ret["config"] = cfg.clone()
+        ret["normalizer"] = cfg.MODEL.FREEANCHOR.NORMALIZER
         return ret
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -187,9 +192,7 @@ class FreeAnchor(RetinaNet):
                 [x.to(dtype) for x in levels] for levels in (pred_logits, pred_anchor_deltas)
             )
             bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
-            # On the device, where a sum over processes would be too. The others divide the loss of
-            # a batch without objects by 1: some 350 times too much.
-            num_objects = bags.anchors.new_full((), max(1, len(bags.row)))
+            num_objects = self.normalizer(gt_instances, bags.anchors.device).to(bags.anchors.dtype)
             negative, bag_logits, max_iou = negative_bag_loss(
                 pred_logits,
                 pred_anchor_deltas,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
                 records = {i: r for i, r in records.items() if i < iteration}
             newest = iteration
         # The writer gives values of one iteration in several lines, and not in their order.
-        records.setdefault(iteration, {}).update(record)
+        # JSON has no NaN: such a value is written as null.
+        values = {k: math.nan if value is None else value for k, value in record.items()}
+        records.setdefault(iteration, {}).update(values)
     return [records[i] for i in sorted(records)]
 
 

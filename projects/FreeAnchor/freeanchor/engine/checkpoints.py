@@ -1,0 +1,184 @@
+"""When checkpoints are written: by iterations, by minutes, on signals, and of the best model."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+
+from ..checkpoint import Checkpointer
+from ..errors import FileError
+from .random_state import random_state
+from .step import Request, TrainStep
+
+__all__ = ["BestCheckpointer", "Checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SECONDS_PER_MINUTE = 60
+_SECONDS_OF_ONE_SIGNAL = 1
+
+
+class Checkpoints(HookBase):
+    """Saves the run so that it can go on exactly, and ends it on a signal.
+
+    SIGTERM, SIGINT and SIGUSR1 are answered after the running iteration: the run is saved, and
+    every process ends with status 128 + the signal's number, as shells have it. A second one, a
+    second later, ends at once.
+
+    Attributes:
+        problem: why the last checkpoint could not be written, empty if it was.
+    """
+
+    def __init__(self, cfg: CfgNode, checkpointer: Checkpointer, step: TrainStep) -> None:
+        """Build the hook, on all processes.
+
+        Args:
+            cfg: config of the run.
+            checkpointer: what writes the files.
+            step: where the processes agree on what to do.
+        """
+        self.problem = ""
+        self._checkpointer, self._step = checkpointer, step
+        self._period = cfg.SOLVER.CHECKPOINT_PERIOD
+        self._seconds = cfg.SOLVER.CHECKPOINT_MINUTES * _SECONDS_PER_MINUTE
+        self._kept = cfg.SOLVER.CHECKPOINTS_KEPT
+        self._eval_period = cfg.TEST.EVAL_PERIOD
+        self._is_evaluating = False
+        self._signalled_at = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def before_train(self) -> None:
+        self._saved_at = monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {x: signal.signal(x, self._on_signal) for x in _SIGNALS}
+
+    def after_train(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def before_step(self) -> None:
+        is_due = 0 < self._seconds <= monotonic() - self._saved_at
+        if is_due and comm.is_main_process():  # whose clock is everybody's
+            self._step.ask(Request.SAVE)
+
+    def after_step(self) -> None:
+        request = self._step.agreed_request()
+        done = self.trainer.iter + 1
+        if request == Request.FINISH:
+            self.trainer.max_iter = done
+        is_last = done >= self.trainer.max_iter
+        # An evaluation may be long, and is not interrupted to save.
+        periods = (self._period, self._eval_period)
+        if is_last:
+            self.save("model_final")
+        elif request or any(period > 0 and done % period == 0 for period in periods):
+            self.save()
+        if request > Request.STOP:
+            self._exit(request - Request.STOP)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Answer a signal at once: for what comes between two iterations, with the run saved."""
+        self._is_evaluating = True
+        try:
+            yield
+        finally:
+            self._is_evaluating = False
+
+    def save(self, name: str = "") -> None:
+        """Save, on all processes, and if that is impossible, say so and go on.
+
+        Args:
+            name: of the file, by default with the iteration in it.
+        """
+        name = name or f"model_{self.trainer.iter:07d}"
+        states = comm.gather(random_state())
+        self._saved_at = monotonic()
+        if not comm.is_main_process():
+            return
+        try:
+            self._checkpointer.save(name, iteration=self.trainer.iter, random_states=states)
+            if self._kept > 0:
+                self._checkpointer.keep_newest(self._kept)
+        except (FileError, OSError) as e:
+            self.problem = str(e)
+            logger.error(f"{e}. The run goes on, and the next checkpoint will be tried as usual")
+        else:
+            self.problem = ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = monotonic()
+        # torchrun passes a signal on that its processes got themselves from the terminal.
+        if self._step.is_asked_to_stop() and now - self._signalled_at > _SECONDS_OF_ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signalled_at = now
+        self._step.ask(Request.STOP + number)
+        if self._is_evaluating:
+            self._exit(number)
+
+    def _exit(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self.problem:
+            logger.error(f"{name}: ending after iteration {self.trainer.iter}. {self.problem}")
+        else:
+            logger.warning(
+                f"{name}: ending after iteration {self.trainer.iter}, which is saved. --resume "
+                "goes on from there"
+            )
+        raise SystemExit(128 + number)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's, which also remembers the best when a run is resumed, and can end the run."""
+
+    def __init__(self, cfg: CfgNode, checkpointer: Checkpointer, step: TrainStep) -> None:
+        """Build the hook, on the main process.
+
+        Args:
+            cfg: config of the run.
+            checkpointer: what writes `model_best.pth`.
+            step: where the processes agree to stop early.
+        """
+        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC)
+        self._step = step
+        self._patience = cfg.TEST.EARLY_STOPPING
+        self._evaluations_since = 0
+
+    def _best_checking(self) -> None:
+        before = self.best_iter
+        try:
+            super()._best_checking()
+        except FileError as e:
+            self._logger.error(f"{e}. The run goes on")
+        if self.best_iter is None:
+            return  # the metric is not computed
+        self._evaluations_since = 0 if self.best_iter != before else self._evaluations_since + 1
+        if 0 < self._patience <= self._evaluations_since:
+            self._logger.info(
+                f"{self._val_metric} has not become better for {self._patience} evaluations, since "
+                f"iteration {self.best_iter}: the training ends with the next iteration"
+            )
+            self._step.ask(Request.FINISH)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best_metric": self.best_metric,
+            "best_iter": self.best_iter,
+            "evaluations_since": self._evaluations_since,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what was the best."""
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        self._evaluations_since = state["evaluations_since"]

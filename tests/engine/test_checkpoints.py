@@ -1,0 +1,210 @@
+"""When checkpoints are written, and how a run goes on from them."""
+
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+from freeanchor.checkpoint import files, read_checkpoint
+from freeanchor.engine import checkpoints
+from tiny_run import difference, result
+
+
+def names(output):
+    return sorted(x.name for x in output.glob("model_*.pth"))
+
+
+def log(output):
+    return (output / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_and_ends(tiny, before_step, number):
+    """After the running iteration; resumed, the run ends as if nothing had been."""
+    before_step(lambda step: step.iter == 2 and os.kill(os.getpid(), number))
+    handlers = signal.getsignal(number)
+    with pytest.raises(SystemExit) as status:
+        tiny("SOLVER.CHECKPOINT_PERIOD", "100")
+    assert status.value.code == 128 + number
+    assert signal.getsignal(number) == handlers
+    before_step(lambda step: None)
+    output = tiny("--resume")
+    assert "iteration 2, which is saved" in log(output)
+    assert "Starting training from iteration 3" in log(output)
+    if number == signal.SIGTERM:
+        assert not difference(result(tiny(output="whole")), result(output))
+
+
+def test_signal_in_an_evaluation_ends_at_once(tiny, monkeypatch):
+    """The run was saved before it."""
+
+    def evaluate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the evaluation went on")
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", evaluate)
+    keys = ["DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3", "SOLVER.CHECKPOINT_PERIOD", "9"]
+    with pytest.raises(SystemExit) as status:
+        tiny(*keys)
+    assert status.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {})
+    assert "Starting training from iteration 3" in log(tiny("--resume", *keys))
+
+
+def test_minutes(tiny, monkeypatch):
+    """A checkpoint is due when they are over, whatever the period in iterations is."""
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr(checkpoints, "monotonic", lambda: next(clock))
+    output = tiny("SOLVER.CHECKPOINT_PERIOD", "100", "SOLVER.CHECKPOINT_MINUTES", "1")
+    assert names(output) == ["model_0000001.pth", "model_0000003.pth", "model_final.pth"]
+
+
+def test_newest_are_kept(tiny):
+    """As many as wanted, and the last one besides."""
+    keys = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.CHECKPOINTS_KEPT", "2"]
+    assert names(tiny(*keys)) == ["model_0000003.pth", "model_0000004.pth", "model_final.pth"]
+
+
+def test_disk_that_is_full(tiny, monkeypatch):
+    """One sentence, no half file; the run goes on, and its next checkpoint is as good as ever."""
+    fsync, calls = os.fsync, []
+
+    def full_at_first(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "model_" in path and len(calls) < 2:
+            calls.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full_at_first)
+    output = tiny()
+    assert names(output) == ["model_final.pth"]
+    assert not list(output.glob("*.unfinished"))
+    assert len(re.findall(r"model_000000[13]\.pth cannot be written: .*No space left", log(output)))
+    assert not difference(result(tiny(output="whole")), result(output))
+
+
+def test_last_checkpoint_that_cannot_be_written(tiny, before_step, tmp_path):
+    """The run ends with an error that says so."""
+    before_step(lambda step: step.iter == 4 and (tmp_path / "output").rename(tmp_path / "gone"))
+    before_step(lambda step: step.iter == 5 and (tmp_path / "output/model_final.pth").mkdir())
+    with pytest.raises(SystemExit, match=r"ended without its checkpoint: \S+final\.pth cannot be"):
+        tiny()
+
+
+def test_second_run_into_a_folder(tiny):
+    """It is refused, and --resume goes on."""
+    output = tiny("SOLVER.MAX_ITER", "2")
+    before = (output / "model_final.pth").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds a run already .*: add --resume"):
+        tiny("SOLVER.MAX_ITER", "4")
+    assert (output / "model_final.pth").read_bytes() == before
+    tiny("--resume", "SOLVER.MAX_ITER", "4")
+    assert "Starting training from iteration 2" in log(output)
+
+
+def test_checkpoint_of_an_older_version(tiny):
+    """It is gone on from, and what it lacks is said."""
+    output = tiny("SOLVER.MAX_ITER", "4")
+    path = output / "model_final.pth"
+    content = read_checkpoint(str(path))
+    trainer = {key: content["trainer"][key] for key in ("iteration", "hooks")}
+    torch.save({"model": content["model"], "trainer": trainer, "iteration": 3}, path)
+    tiny("--resume")
+    assert "Starting training from iteration 4" in log(output)
+    lacking = "the momentum of the optimiser, the order of the images, the random numbers"
+    assert f"does not hold {lacking}, which start anew" in log(output)
+
+
+def test_resuming_with_another_learning_rate(tiny):
+    """Who resumes with other values means them: they are not taken from the checkpoint."""
+    keys = ["SOLVER.MAX_ITER", "8", "SOLVER.WARMUP_ITERS", "0", "SOLVER.CHECKPOINT_PERIOD", "100"]
+    keys += ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"]
+    output = tiny(*keys, "SOLVER.MAX_ITER", "4")
+    tiny("--resume", *keys, "SOLVER.BASE_LR", "0.001", "SOLVER.STEPS", "(6,)")
+    rates = [json.loads(x)["lr"] for x in (output / "metrics.json").read_text().splitlines()]
+    assert rates == pytest.approx([0.03, 0.0001])
+
+
+def evaluated_as(monkeypatch, values):
+    """Evaluations give these values of AP, one after another."""
+    left = iter(values)
+    monkeypatch.setattr(
+        "freeanchor.engine.Trainer.test",
+        lambda *_: {"bbox": {"AP": next(left), "APl": float("nan")}},
+    )
+    return ["DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "99"]
+
+
+def test_best_checkpoint(tiny, monkeypatch):
+    """It is remembered when the run is resumed, which does not start from it."""
+    keys = evaluated_as(monkeypatch, [1.0, 3.0, 2.0])
+    output = tiny(*keys, "SOLVER.MAX_ITER", "3")
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] == 1
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    (output / "last_checkpoint").unlink()
+    keys = evaluated_as(monkeypatch, [2.5, 2.0, 4.0])
+    tiny("--resume", *keys, "SOLVER.MAX_ITER", "6")
+    assert "Starting training from iteration 3" in log(output)
+    assert "not better than best score 3.0" in log(output)
+    # The last evaluation is written with the number of iterations.
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (5, 6)
+    for line in (output / "metrics.json").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # of NaN
+
+
+def test_early_stopping(tiny, monkeypatch):
+    """After two evaluations without a better one, the run ends as if it had been shorter."""
+    keys = evaluated_as(monkeypatch, [1.0, 3.0, 2.0, 2.5, 9.0])
+    output = tiny(*keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "2")
+    assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 4
+    assert "AP has not become better for 2 evaluations, since iteration 1" in log(output)
+
+
+def test_moving_average(tiny, before_step, train_net, tmp_path):
+    """It is the average of the weights, resumed exactly, and what other programs get."""
+    keys = ["SOLVER.EMA_DECAY", "0.9", "SOLVER.CHECKPOINTS_KEPT", "0"]
+    output = tiny(*keys, "SOLVER.CHECKPOINT_PERIOD", "1")
+    name = "head.cls_score.weight"
+    expected = None
+    for path in names(output):
+        content = read_checkpoint(str(output / path))
+        value = content["model"][name]
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+        assert torch.allclose(content["ema"][f"module.{name}"], expected, atol=1e-7)
+    killed = tiny(*keys, "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()", output="killed")
+    final = read_checkpoint(str(killed / "model_final.pth"))
+    assert final["ema"]["n_averaged"] == 3
+    exported = tiny("--resume", "--export-safetensors", *keys, output="killed")
+    weights = read_checkpoint(str(exported / "model_final.safetensors"))["model"]
+    average = read_checkpoint(str(exported / "model_final.pth"))["ema"]
+    assert torch.equal(weights[name], average[f"module.{name}"])
+    assert not torch.equal(
+        weights[name], read_checkpoint(str(exported / "model_final.pth"))["model"][name]
+    )
+
+
+def test_accumulation_and_clipping(tiny):
+    """In parts the run is the same; clipped by the norm of all gradients it moves less."""
+    keys = ["SOLVER.MAX_ITER", "2", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""]
+    keys += ["MODEL.RETINANET.NORM", ""]
+    whole, parts = tiny(*keys), tiny(*keys, "SOLVER.ACCUMULATION_STEPS", "2", output="parts")
+    one, other = result(whole), result(parts)
+    assert all(torch.allclose(x.double(), other[k].double(), atol=1e-5) for k, x in one.items())
+    assert difference(one, other)  # rounding, or the key does nothing
+    clip = [
+        "SOLVER.CLIP_GRADIENTS.ENABLED",
+        "True",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+        "full_model",
+    ]
+    keys += [*clip, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.01", "SOLVER.WEIGHT_DECAY", "0.0"]
+    momentum = result(tiny(*keys, "SOLVER.MAX_ITER", "1", output="clipped"))
+    norms = [x.norm() for k, x in momentum.items() if k.startswith("momentum")]
+    assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(SystemExit, match=r"IMS_PER_BATCH 4 is no multiple of 1 processes x .* 3"):
+        tiny("SOLVER.ACCUMULATION_STEPS", "3", output="odd")

@@ -1,0 +1,93 @@
+"""Several processes: one gradient, one evaluation, one way to start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from freeanchor.engine.processes import adopt_slurm
+
+HERE = Path(__file__).parent
+# For processes that share two cores with others.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one, two and three processes compute, see in_processes.py."""
+    done = subprocess.run(
+        [sys.executable, HERE / "in_processes.py", tmp_path_factory.mktemp("processes")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "few and many, 2 processes",
+        "with empty, 2 processes",
+        "no objects, 2 processes",
+        "with empty, 3 processes",
+        "batch norm",
+    ],
+)
+def test_global_gradient_is_that_of_one_batch(results, case):
+    """With 1 + 1 and 10 + 10 objects, without any in a process or all of them, and with SyncBN."""
+    assert results[f"global, {case}"] < 1e-5
+
+
+def test_local_gradient_is_the_mean(results):
+    """Each process divides by its own objects, as in the paper, which is not the same."""
+    assert results["local"] < 1e-5
+    assert results["local and global"] > 0.1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accumulated_gradient_is_that_of_one_batch(results, processes):
+    """In parts with 2 and 20 objects."""
+    assert results[f"accumulated, {processes} processes"] < 1e-5
+
+
+def test_evaluation_in_processes(results):
+    """Five images give the same in one, two and three processes."""
+    one, two, three = results["evaluation"]
+    assert 0 < float(one["bbox"]["AP"]) < 100
+    assert one == two == three
+
+
+def test_slurm_variables():
+    """A step of several tasks gets torchrun's variables; a batch script or one task does not."""
+    step = {
+        "SLURM_JOB_ID": "40123",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NODELIST": "gpu[07-08],login1",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+    }
+    environment = dict(step)
+    adopt_slurm(environment)
+    assert {k: v for k, v in environment.items() if k not in step} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "20123",
+    }
+    for environment in (
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {**step, "SLURM_STEP_NUM_TASKS": "1"},
+        {**step, "RANK": "0"},  # of torchrun, in a step
+    ):
+        before = dict(environment)
+        adopt_slurm(environment)
+        assert environment == before
