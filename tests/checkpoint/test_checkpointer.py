@@ -14,6 +14,7 @@ from freeanchor.checkpoint import (
     Checkpointer,
     convert,
     read_checkpoint,
+    read_class_names,
     write_checkpoint,
 )
 from freeanchor.errors import FileError
@@ -359,3 +360,64 @@ def test_a_model_that_was_built_without_a_config(cfg, tmp_path, caplog):
     DetectionCheckpointer(model).load(MMDET)
     assert 'needs: INPUT.FORMAT "' in caplog.text
     assert 'MODEL.FREEANCHOR.P7_RELU "False"' in caplog.text
+
+
+def with_classes(cfg, *names):
+    cfg = cfg.clone()
+    cfg.MODEL.FREEANCHOR.CLASS_NAMES = list(names)
+    return cfg
+
+
+def test_classes_travel_with_the_weights(tmp_path, cfg, model, caplog):
+    """Other ones, or the same in another order, are refused with the option to add."""
+    own = with_classes(cfg, "a", "b", "c")
+    Checkpointer(model, own, str(tmp_path)).save("own")
+    path = str(tmp_path / "own.pth")
+    assert read_class_names(path) == ["a", "b", "c"]
+    Checkpointer(model, own).load(path)
+    Checkpointer(model, cfg).load(path)  # a config that does not say
+    assert "which classes" not in caplog.text
+    for names in (("b", "a", "c"), ("a", "b", "d")):
+        expected = r"add MODEL\.FREEANCHOR\.CLASS_NAMES \"\['a', 'b', 'c'\]\""
+        with pytest.raises(FileError, match=expected):
+            Checkpointer(model, with_classes(cfg, *names)).load(path)
+
+
+def test_checkpoint_that_does_not_say_its_classes(tmp_path, cfg, model, caplog):
+    """An old one, or another project's: a warning says what is assumed."""
+    write_checkpoint(tmp_path / "old.pth", model.state_dict(), {})
+    assert read_class_names(str(tmp_path / "old.pth")) == []
+    Checkpointer(model, with_classes(cfg, "a", "b", "c")).load(str(tmp_path / "old.pth"))
+    assert "do not say which classes they are for. They are taken to be, in this" in caplog.text
+
+
+def test_training_from_a_detector_with_other_names(tmp_path, cfg, model, caplog):
+    """As many classes, but others: their predictor is not taken over, all else is."""
+    Checkpointer(model, with_classes(cfg, "a", "b", "c"), str(tmp_path)).save("own")
+    other = build_model(cfg)
+    before = other.head.cls_score.weight.clone()
+    Checkpointer(other, with_classes(cfg, "c", "b", "a")).load_start(str(tmp_path / "own.pth"))
+    assert "are for other classes: ['a', 'b', 'c']" in caplog.text
+    assert "Initialised anew: head.cls_score.weight, head.cls_score.bias" in caplog.text
+    assert torch.equal(other.head.cls_score.weight, before)
+    assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
+
+
+@pytest.mark.parametrize("image_format", ["L", "RGBA"])
+def test_first_convolution_of_another_width(tmp_path, cfg, model, caplog, image_format):
+    """Training on grey images may start from weights for colours; evaluation may not."""
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    arrays["pixel_mean"], arrays["pixel_std"] = model.pixel_mean.numpy(), model.pixel_std.numpy()
+    (tmp_path / "colour.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
+    channels = {"L": 1, "RGBA": 4}[image_format]
+    cfg.INPUT.FORMAT = image_format
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0] * channels, [50.0] * channels
+    other = build_model(cfg)
+    stem = other.backbone.bottom_up.stem.conv1
+    before = stem.weight.clone()
+    Checkpointer(other, cfg).load_start(str(tmp_path / "colour.pkl"))
+    assert re.search(r"Initialised anew: backbone\.bottom_up\.stem\.conv1\.weight", caplog.text)
+    assert torch.equal(stem.weight, before)
+    assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
+    with pytest.raises(FileError, match="need another model than the config makes"):
+        Checkpointer(other, cfg).load(str(tmp_path / "colour.pkl"))

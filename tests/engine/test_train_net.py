@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, make_it_detect
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
-from freeanchor.checkpoint import convert, read_checkpoint
+from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint
 from freeanchor.visualization import read_metrics
 
 MMDET = GOLDEN / "mmdet_r50.pth"
@@ -199,6 +199,35 @@ def test_hostile_config(train_net, tmp_path):
     with pytest.raises(SystemExit, match=r"hostile\.yaml: .*Python objects could run code"):
         train_net(config=path)
     assert not (tmp_path / "canary").exists()
+
+
+def test_evaluation_with_the_classes_in_another_order(train_net, coco, tmp_path, cfg):
+    """Data sets are brought to the classes of the weights by name; AP is the same."""
+    cfg.MODEL.FREEANCHOR.CLASS_NAMES = ["class 1", "class 2", "class 3"]
+    model = build_model(cfg)
+    make_it_detect(model)
+    Checkpointer(model, cfg, str(tmp_path)).save("own")
+    images = coco(name="val")[2]
+    path = tmp_path / "val.json"
+    content = json.loads(path.read_text())
+    shuffled = {1: 12, 2: 10, 3: 11}
+    for x in content["annotations"]:
+        x["category_id"] = shuffled[x["category_id"]]
+    content["categories"] = [{"id": j, "name": f"class {i}"} for i, j in shuffled.items()]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    scores, found = {}, {}
+    for file in (path, tmp_path / "other.json"):
+        output = tmp_path / file.stem
+        register = ["--dataset", "val", file, images, "DATASETS.TEST", "('val',)", *TINY]
+        options = ["MODEL.WEIGHTS", tmp_path / "own.pth", "OUTPUT_DIR", output]
+        done = train_net("--eval-only", *register, *options)
+        assert done is not None
+        results = output / "inference" / "val" / "coco_instances_results.json"
+        found[file.stem] = json.loads(results.read_text())
+        scores[file.stem] = {x["score"]: x["category_id"] for x in found[file.stem]}
+        forget("val")
+    assert len(found["val"]) == len(found["other"]) > 10
+    assert scores["other"] == {s: shuffled[c] for s, c in scores["val"].items()}
 
 
 def test_wrong_number_of_classes(train_net, data_options, tmp_path):
