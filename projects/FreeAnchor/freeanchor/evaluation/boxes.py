@@ -176,9 +176,19 @@ class BoxEvaluator(DatasetEvaluator):
                 f"{len(self._found) - len(written)} detections are of classes that the data set "
                 "does not have: they are not written"
             )
-        path = os.path.join(str(self._output_dir), "coco_instances_results.json")
-        with PathManager.open(path, "w") as f:
-            json.dump(written, f, default=operator.methodcaller("item"))  # NumPy's numbers
+        # The names too, for who looks at them with a file that has other ids.
+        names = enumerate(self._metadata.get("thing_classes") or ())
+        categories = [
+            {"id": i if user_ids is None else user_ids[i], "name": name}
+            for i, name in names
+            if user_ids is None or i in user_ids
+        ]
+        for file, content in (
+            ("coco_instances_results.json", written),
+            ("categories.json", categories),
+        ):
+            with PathManager.open(os.path.join(str(self._output_dir), file), "w") as f:
+                json.dump(content, f, default=operator.methodcaller("item"))  # NumPy's numbers
 
     def _box_results(self, evaluated: dict[str, Any] | None) -> dict[str, float]:
         """COCO's metrics and the AP of each class, in Detectron2's names."""

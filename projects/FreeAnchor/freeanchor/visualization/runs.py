@@ -98,10 +98,24 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def read_detections(
     cfg: CfgNode, name: str, records: list[dict[str, Any]]
 ) -> dict[Any, list[dict[str, Any]]]:
-    """Read the detections of a run, in COCO's result format, by `image_id` of the records."""
+    """Read the detections of a run, in COCO's result format, by `image_id` of the records.
+
+    Their classes have the ids of the data set as it is now, which need not be those that it had
+    when the run was evaluated.
+
+    Raises:
+        FileError: they are of other images or classes than those of the data set.
+    """
     detections: dict[Any, list[dict[str, Any]]] = {r["image_id"]: [] for r in records}
     path = _results_file(cfg, name)
+    ids = _category_ids(path.with_name("categories.json"), name)
     for detection in json.loads(path.read_text()):
+        if str(detection["category_id"]) not in ids:
+            raise FileError(
+                f"{path} has detections of the category {detection['category_id']!r}, which data "
+                f"set {name} does not have: give the data set that the run was evaluated on"
+            )
+        detection["category_id"] = ids[str(detection["category_id"])]
         if detection["image_id"] not in detections:
             raise FileError(
                 f"{path} has detections in image {detection['image_id']!r}, which data set {name} "
@@ -109,6 +123,19 @@ def read_detections(
             )
         detections[detection["image_id"]].append(detection)
     return detections
+
+
+def _category_ids(path: Path, name: str) -> dict[str, Any]:
+    """From the ids of classes in a run's results to those of a data set, by name."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes", [])
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    contiguous = contiguous or {i: i for i in range(len(names))}
+    own = {names[i]: user_id for user_id, i in contiguous.items()}
+    if not path.is_file():  # of an evaluation before there was this file
+        return {str(x): x for x in own.values()}
+    written = json.loads(path.read_text())
+    return {str(x["id"]): own[x["name"]] for x in written if x["name"] in own}
 
 
 def _results_file(cfg: CfgNode, name: str) -> Path:
