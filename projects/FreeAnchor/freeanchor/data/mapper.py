@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +84,8 @@ class Mapper(DatasetMapper):
                     f"{problem}. Another image takes its place, as at most {self.max_broken} "
                     "times (DATALOADER.MAX_BROKEN_IMAGES)"
                 )
-                record = self.spares[self._num_broken % len(self.spares)]
+                # By a random number, which a run that goes on draws again.
+                record = random.choice(self.spares)
 
     def _map(self, record: dict[str, Any]) -> dict[str, Any]:
         record = copy.deepcopy(record)
