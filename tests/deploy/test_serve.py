@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from conftest import quick_cfg
 from detectron2.structures import Boxes, Instances
 from freeanchor.__main__ import main
 from freeanchor.deploy.app import make_app
@@ -66,7 +67,7 @@ def send(port, body, path="/api/detect", headers=PNG):
 class Slow:
     """A model that takes its time: until it is told to go on."""
 
-    model, class_names, confidence = None, ("a",), 0.05
+    model, class_names, confidence, cfg = None, ("a",), 0.05, quick_cfg()
 
     def __init__(self):
         self.is_called, self.may_go_on = threading.Event(), threading.Event()
@@ -100,11 +101,21 @@ def test_detections_are_the_predictors(port, predictor, images):
         turned[274] = 6  # stored on its side
         sideways = np.ascontiguousarray(np.rot90(pixels))
         assert send(port, encode(sideways, exif=turned))[1] == answer
-    grey = cv2.cvtColor(images[0], cv2.COLOR_BGR2GRAY)
-    content = io.BytesIO()
-    Image.fromarray(grey).save(content, "PNG")
-    as_color = np.repeat(grey[:, :, None], 3, axis=2)
-    assert send(port, content.getvalue())[1] == send(port, encode(as_color))[1]
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "LA", "1"])
+def test_modes_of_pictures(port, predictor, images, tmp_path, mode):
+    """Grey, deep, with a palette or transparent: as the predictor reads the file."""
+    if mode == "I;16":
+        picture = Image.fromarray(images[0].astype(np.uint16)[:, :, 0] * 257)
+    else:
+        picture = Image.fromarray(images[0][:, :, ::-1]).convert(mode)
+    picture.save(tmp_path / "a.png")
+    (expected,) = predictor([tmp_path / "a.png"])
+    status, answer, _ = send(port, (tmp_path / "a.png").read_bytes())
+    assert status == 200
+    scores = [d["score"] for d in answer["detections"]]
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
 
 
 def test_bag_is_the_models(port, predictor):

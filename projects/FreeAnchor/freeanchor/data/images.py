@@ -94,13 +94,17 @@ class ImageReader:
             OSError, ValueError, SyntaxError: it cannot be read; the message does not name it.
         """
         with self._opened(path) as (_, image):
-            pixels: NDArray[Any] = convert_PIL_to_numpy(
-                _as_seen(_to_8_bits(image, self.max_value)), self.format
-            )
-            if pixels.shape[2] > 3 or pixels.dtype != np.uint8:
-                # Resizing by Pillow would take a fourth channel for a mask of the others.
-                return pixels.astype(np.float32)
-            return pixels
+            return self.convert(image)
+
+    def convert(self, image: Image.Image) -> NDArray[Any]:
+        """Make of an image that Pillow opened what :meth:`read` returns; errors as there."""
+        pixels: NDArray[Any] = convert_PIL_to_numpy(
+            _as_seen(_to_8_bits(image, self.max_value)), self.format
+        )
+        if pixels.shape[2] > 3 or pixels.dtype != np.uint8:
+            # Resizing by Pillow would take a fourth channel for a mask of the others.
+            return pixels.astype(np.float32)
+        return pixels
 
     def size(self, path: str) -> tuple[int, int]:
         """Width and height of an image as a viewer shows it; errors as in :meth:`read`."""

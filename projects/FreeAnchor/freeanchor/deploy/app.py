@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
@@ -28,6 +29,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..data import ImageReader
 from ..modeling import FreeAnchor
 from ..visualization import VIEWER, make_page, read_asset
 from .predictor import Predictor
@@ -204,6 +206,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
     gate = Gate(limits)
     metrics = _Metrics(gate)
     worker = ThreadPoolExecutor(1, "model")
+    reader = replace(ImageReader.from_config(predictor.cfg), format="BGR")
     has_bags = isinstance(predictor.model, FreeAnchor)
     page = _page()
 
@@ -245,7 +248,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
                 start = time.monotonic()
                 try:
                     result = await asyncio.get_running_loop().run_in_executor(
-                        worker, lambda: work(decode_picture(content, limits.max_pixels))
+                        worker, lambda: work(decode_picture(content, limits.max_pixels, reader))
                     )
                 except RefusedError:
                     raise

@@ -7,11 +7,13 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from ..data import ImageReader
 
 __all__ = ["Gate", "Limits", "RefusedError", "decode_picture", "read_body"]
 
@@ -147,17 +149,18 @@ async def read_body(chunks: AsyncIterator[bytes], limits: Limits) -> bytes:
     return content
 
 
-def decode_picture(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """Decode a picture as its owner sees it, turned as its EXIF data say.
+def decode_picture(content: bytes, max_pixels: int, reader: ImageReader) -> NDArray[Any]:
+    """Decode a picture by the rule of the training.
 
     Its size is looked at before anything is decoded.
 
     Args:
         content: JPEG, PNG or WebP; of several frames the first is taken.
         max_pixels: more are refused.
+        reader: the rule.
 
     Returns:
-        (H, W, 3) uint8 BGR pixels.
+        (H, W, C) pixels in the format of the reader.
 
     Raises:
         RefusedError: it is something else, damaged, too large or too slender.
@@ -165,7 +168,7 @@ def decode_picture(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
             _check_size(*picture.size, max_pixels)
-            rgb = ImageOps.exif_transpose(picture).convert("RGB")
+            return np.ascontiguousarray(reader.convert(picture))
     except RefusedError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
@@ -177,7 +180,6 @@ def decode_picture(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
         raise RefusedError(415, "type", message) from e
     except Exception as e:  # Pillow's decoders raise many kinds
         raise RefusedError(422, "damaged", f"The picture cannot be read: {e}") from e
-    return np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1])
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
