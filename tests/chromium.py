@@ -110,7 +110,7 @@ class Chromium:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def wait(self, condition, seconds=20):
+    def wait(self, condition, seconds=60):
         """Until an expression is true."""
         end = time.monotonic() + seconds
         while not self.run(condition):

@@ -215,6 +215,9 @@ def test_page_of_two_runs(run, tmp_path):
     assert viewer["runs"] == ["a <run>", "other"]
     assert sorted(len(x["found"][0]) for x in viewer["images"]) == [0, 1]
     assert all(x["found"][1] == [] for x in viewer["images"])
+    cfg_other.MODEL.FREEANCHOR.CLASS_NAMES = ["class 2", "class 1", "class 3"]
+    with pytest.raises(FileError, match=r"other and a <run> do not have the same classes"):
+        write_report([cfg, cfg_other], num_images=2, score_thresh=0.5)
     cfg_other.DATASETS.TEST = ("val", "val2")
     with pytest.raises(FileError, match=r"other was evaluated on val, val2 and a <run> on val"):
         write_report([cfg, cfg_other], num_images=2, score_thresh=0.5)

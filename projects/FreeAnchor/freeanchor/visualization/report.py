@@ -178,7 +178,7 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float) 
 
     Raises:
         FileError: the checkpoint of a run cannot be read, or two runs were evaluated on different
-            data sets.
+            data sets or have other classes.
     """
     folders = [Path(cfg.OUTPUT_DIR).resolve() for cfg in cfgs]
     are_alike = len({folder.name for folder in folders}) < len(folders)
@@ -192,6 +192,11 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float) 
             raise FileError(
                 f"{run.name} was evaluated on {', '.join(run.cfg.DATASETS.TEST)} and "
                 f"{runs[0].name} on {', '.join(first.DATASETS.TEST)}: evaluate both on the same"
+            )
+        if run.cfg.MODEL.FREEANCHOR.CLASS_NAMES != first.MODEL.FREEANCHOR.CLASS_NAMES:
+            raise FileError(
+                f"{run.name} and {runs[0].name} do not have the same classes in the same order "
+                "(MODEL.FREEANCHOR.CLASS_NAMES): write a report for each"
             )
     title = " and ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(title)}</h1>"]
