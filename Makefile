@@ -91,7 +91,7 @@ demo: setup
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images \
 	DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)" \
 	INPUT.MIN_SIZE_TRAIN "(256,)" INPUT.MIN_SIZE_TEST 256 \
-	SOLVER.MAX_ITER 400 OUTPUT_DIR $(DEMO) $(DEMO_OPTS)
+	SOLVER.MAX_ITER 400 SOLVER.AMP.ENABLED True OUTPUT_DIR $(DEMO) $(DEMO_OPTS)
 	@$(PY) -m freeanchor visualize $(DEMO) \
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images
 

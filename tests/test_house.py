@@ -14,7 +14,7 @@ from freeanchor.__main__ import main
 PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
 # From the ground up. What is on one floor does not import each other.
 FLOORS = (
-    ("errors", "compat", "paths"),
+    ("errors", "compat", "openmp", "paths"),
     ("command_line", "config", "layers"),
     ("modeling",),
     ("checkpoint", "evaluation"),

@@ -126,7 +126,7 @@ def test_precision(run_folder, predictor, images, layout):
 def test_wrong_precision(run_folder):
     """Values that the device cannot have, or that nothing has, are named."""
     for options, message in (
-        (["SOLVER.AMP.PRECISION", "float16"], "PRECISION must be auto, bfloat16 or, on a GPU"),
+        (["SOLVER.AMP.PRECISION", "half"], "PRECISION must be auto, bfloat16 or float16"),
         (["MODEL.MEMORY_FORMAT", "NHWC"], "must be auto, contiguous or channels_last, got 'NHWC'"),
     ):
         with pytest.raises(FreeAnchorError, match=message):

@@ -188,6 +188,26 @@ def test_moving_average(tiny, before_step, train_net, tmp_path):
     )
 
 
+def test_mixed_precision(tiny, before_step):
+    """A run in bfloat16 resumes exactly, all that it keeps is in float32, and float32 goes on."""
+    keys = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
+    whole = tiny(*keys, output="whole")
+    before_step(lambda step: step.iter == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        tiny(*keys)
+    before_step(lambda step: None)
+    killed = tiny("--resume", "--export-safetensors", *keys)
+    assert "Convolutions in bfloat16" in log(killed)
+    assert not difference(result(whole), result(killed))
+    floats = {x.dtype for x in result(killed).values() if x.is_floating_point()}
+    assert floats == {torch.float32}
+    weights = read_checkpoint(str(killed / "model_final.safetensors"))["model"]
+    assert not difference(weights, read_checkpoint(str(killed / "model_final.pth"))["model"])
+    tiny("--resume", "SOLVER.MAX_ITER", "7")
+    assert "Convolutions in float32, as AMP.ENABLED is False" in log(killed)
+    assert result(killed).keys() == result(whole).keys()
+
+
 def test_accumulation_and_clipping(tiny):
     """In parts the run is the same; clipped by the norm of all gradients it moves less."""
     keys = ["SOLVER.MAX_ITER", "2", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""]

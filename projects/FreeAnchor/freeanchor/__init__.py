@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from .openmp import share_cores
+
 
 def _is_command_line() -> bool:
     """Whether this process is `freeanchor COMMAND`, which answers --help before heavy imports."""
@@ -11,6 +13,7 @@ def _is_command_line() -> bool:
     return Path(sys.argv[0]).stem == __name__
 
 
+share_cores()  # before PyTorch is imported
 if not _is_command_line():
     from . import compat  # noqa: F401  # isort: skip  # before anything that imports Detectron2
     from . import checkpoint  # noqa: F401  # MODEL.WEIGHTS understands mmdet://

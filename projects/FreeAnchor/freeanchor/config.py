@@ -89,8 +89,6 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # that loads data, before it is an error.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
-    # Evaluate in the precision of SOLVER.AMP too; boxes, scores and NMS stay in float32.
-    cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Parts that the batch of a process is computed in, one after another: less memory, same result.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Moving average of the weights, which is then evaluated and loaded: 0.999, say; 0 for none.
@@ -106,6 +104,8 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Evaluations without a better TEST.BEST_METRIC after which the training ends; 0 for never.
     cfg.TEST.EARLY_STOPPING = 0
+    # Detect in the precision of SOLVER.AMP.PRECISION; boxes, scores and NMS stay in float32.
+    cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.

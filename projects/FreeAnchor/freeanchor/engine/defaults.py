@@ -25,6 +25,7 @@ from ..data import (
     resolve_classes,
 )
 from ..errors import FreeAnchorError
+from ..modeling.precision import choose_precision
 
 __all__ = ["argument_parser", "build_config", "check", "setup"]
 
@@ -71,7 +72,6 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     merge_options(cfg, args.opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer is for CUDA only
     register_datasets(args.dataset)
     if args.eval_only and not cfg.MODEL.FREEANCHOR.CLASS_NAMES:
         cfg.MODEL.FREEANCHOR.CLASS_NAMES = _trained_classes(cfg, args)
@@ -106,6 +106,7 @@ def check(args: argparse.Namespace) -> None:
     """
     _check_devices(args)
     cfg = build_config(args)
+    choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
     if args.eval_only:
         is_there = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if args.resume and not is_there and not cfg.MODEL.WEIGHTS:
@@ -202,7 +203,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))
     if not torch.cuda.is_available():
-        logger.warning("There is no CUDA GPU: running on the CPU, without AMP")
+        logger.warning("There is no CUDA GPU: running on the CPU")
     if not args.eval_only:
         scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         if warning := _learning_rate_warning(scaled, read_config(args.config_file)):

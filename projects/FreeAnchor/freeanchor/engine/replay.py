@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from ..checkpoint import read_checkpoint
 from ..config import add_freeanchor_config
 from ..errors import FileError
+from .precision import autocast, optimize
 
 __all__ = ["replay"]
 
@@ -44,7 +45,9 @@ def replay(path: Path) -> str:
     weights = [name for name, x in model.named_parameters() if not _is_finite(x)]
     if weights:
         return f"Iteration {content['iteration']}: {weights[0]} was not finite before the step"
-    found = _forward_backward(model, [_from_plain(x) for x in content["batch"]])
+    optimize(cfg, model)
+    with autocast(cfg):
+        found = _forward_backward(model, [_from_plain(x) for x in content["batch"]])
     return f"Iteration {content['iteration']}: {found}"
 
 

@@ -19,7 +19,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..modeling import FreeAnchor
+from ..modeling.precision import choose_precision
 from .failures import NonFiniteReport, explained
+from .precision import autocast
 
 __all__ = ["Request", "TrainStep", "without_ddp"]
 
@@ -71,8 +73,9 @@ class TrainStep:
         self.iter = 0
         self.skipped = 0
         self.device = next(model.parameters()).device
-        # Without float16 it does nothing.
-        self.grad_scaler = GradScaler(self.device.type, enabled=self._dtype_is_float16())
+        # bfloat16 has the range of float32 and needs none.
+        is_float16 = choose_precision(cfg, cfg.SOLVER.AMP.ENABLED).dtype == torch.float16
+        self.grad_scaler = GradScaler(self.device.type, enabled=is_float16)
         self.ema: AveragedModel | None = None
         if cfg.SOLVER.EMA_DECAY > 0:
             average = get_ema_multi_avg_fn(cfg.SOLVER.EMA_DECAY)
@@ -81,15 +84,6 @@ class TrainStep:
         self._buffers = [x for x in model.buffers() if cfg.SOLVER.SKIP_NON_FINITE > 0]
         self._batches: Iterator[list[dict[str, Any]]] | None = None
         self._request = self._agreed = int(Request.NOTHING)
-
-    def _dtype_is_float16(self) -> bool:
-        return bool(self.cfg.SOLVER.AMP.ENABLED)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of the forward pass. Losses keep themselves in float32."""
-        return torch.autocast(
-            self.device.type, dtype=torch.float16, enabled=self.cfg.SOLVER.AMP.ENABLED
-        )
 
     def ask(self, request: int) -> None:
         """Ask all processes to do something after an iteration, this one or the next."""
@@ -163,7 +157,7 @@ class TrainStep:
                 with contextlib.ExitStack() as part:
                     if i < steps - 1 and isinstance(self.model, DistributedDataParallel):
                         part.enter_context(self.model.no_sync())
-                    with self.autocast():
+                    with autocast(self.cfg):
                         losses: dict[str, Tensor] = self.model(batch[i * size : (i + 1) * size])
                     if weight != 1:
                         losses = {name: loss * weight for name, loss in losses.items()}

@@ -26,6 +26,7 @@ from .failures import explained_silence
 from .hooks import MatchingPictures
 from .loader import TrainLoader
 from .metrics import MetricsWriter, TolerantWriter
+from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
 from .step import TrainStep, without_ddp
 
@@ -193,6 +194,12 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model: nn.Module = super().build_model(cfg)
+        optimize(cfg, model)
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":  # which the step clips itself
             cfg = cfg.clone()
@@ -216,16 +223,18 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several."""
-        results: dict[str, Any] = super().test(
-            cfg, model, [build_evaluator(cfg, name, model) for name in cfg.DATASETS.TEST]
-        )
+        with inference_autocast(cfg, model):
+            results: dict[str, Any] = super().test(
+                cfg, model, [build_evaluator(cfg, name, model) for name in cfg.DATASETS.TEST]
+            )
         if cfg.TEST.AUG.ENABLED:
             logger.info("Evaluating with test-time augmentation")
-            augmented = super().test(
-                cfg,
-                MultiScaleTest(cfg, model, ImageReader.from_config(cfg).read),
-                [_box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
-            )
+            with inference_autocast(cfg, model):
+                augmented = super().test(
+                    cfg,
+                    MultiScaleTest(cfg, model, ImageReader.from_config(cfg).read),
+                    [_box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
+                )
             several = len(cfg.DATASETS.TEST) > 1  # then the tasks are under the data sets
             for name in cfg.DATASETS.TEST if several else ("",):
                 tasks, more = (results[name], augmented[name]) if several else (results, augmented)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import FreeAnchorError
+from .precision import choose_precision
 
 __all__ = ["InferenceSettings", "fold_batch_norm", "inference_settings", "optimize_inference"]
 
@@ -39,30 +40,14 @@ def inference_settings(cfg: CfgNode) -> InferenceSettings:
         FreeAnchorError: a value is unknown, or the device cannot have it.
     """
     is_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    precision, layout = cfg.SOLVER.AMP.PRECISION, cfg.MODEL.MEMORY_FORMAT
+    layout = cfg.MODEL.MEMORY_FORMAT
     if layout not in ("auto", "contiguous", "channels_last"):
         raise FreeAnchorError(
             f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {layout!r}"
         )
-    if precision not in ("auto", "bfloat16", "float16") or (is_cpu and precision == "float16"):
-        raise FreeAnchorError(
-            f"SOLVER.AMP.PRECISION must be auto, bfloat16 or, on a GPU, float16, got {precision!r}"
-        )
-    dtype = torch.float32
-    if cfg.TEST.AMP.ENABLED and is_cpu:
-        if precision == "bfloat16" or _has_bfloat16():
-            dtype = torch.bfloat16
-    elif cfg.TEST.AMP.ENABLED:
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    dtype = choose_precision(cfg, cfg.TEST.AMP.ENABLED).dtype
     channels_last = is_cpu if layout == "auto" else layout == "channels_last"
     return InferenceSettings(dtype, channels_last, cfg.MODEL.COMPILE)
-
-
-def _has_bfloat16() -> bool:
-    """Whether this CPU has instructions that make bfloat16 faster than float32."""
-    # Private, and younger than the oldest PyTorch that is supported.
-    names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
-    return any(hasattr(torch.cpu, x) and getattr(torch.cpu, x)() for x in names)
 
 
 @torch.no_grad()

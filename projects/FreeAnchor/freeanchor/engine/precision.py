@@ -1,0 +1,116 @@
+"""How the steps of a run are computed: precision, memory layout, compilation.
+
+What is chosen here changes the backbone and the head only. Weights, their gradients, the optimiser,
+checkpoints and losses are in float32 in every case.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from ..errors import FreeAnchorError
+from ..modeling.precision import choose_precision
+
+__all__ = ["autocast", "inference_autocast", "optimize"]
+
+logger = logging.getLogger(__name__)
+
+
+def autocast(cfg: CfgNode) -> torch.autocast:
+    """The context of a forward pass in training."""
+    return _autocast(cfg, cfg.SOLVER.AMP.ENABLED)
+
+
+def _autocast(cfg: CfgNode, enabled: bool) -> torch.autocast:
+    dtype = choose_precision(cfg, enabled).dtype
+    is_mixed = dtype != torch.float32
+    return torch.autocast(
+        torch.device(cfg.MODEL.DEVICE).type,
+        dtype=dtype if is_mixed else torch.bfloat16,  # it takes no float32
+        enabled=is_mixed,
+    )
+
+
+@contextlib.contextmanager
+def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
+    """The same in evaluation, by `TEST.AMP.ENABLED`: boxes, scores and NMS stay in float32.
+
+    Args:
+        cfg: config of the run.
+        model: a RetinaNet or FreeAnchor; of others, the precision is float32.
+    """
+    head = getattr(model, "head", None)
+    if not (cfg.TEST.AMP.ENABLED and isinstance(head, nn.Module)):
+        yield
+        return
+
+    def to_float32(head: nn.Module, inputs: Any, outputs: list[list[Tensor]]) -> Any:
+        return [[level.float() for level in levels] for levels in outputs]
+
+    handle = head.register_forward_hook(to_float32, prepend=True)
+    try:
+        with _autocast(cfg, cfg.TEST.AMP.ENABLED):
+            yield
+    finally:
+        handle.remove()
+
+
+class _Float32OnSmallMaps(nn.Conv2d):
+    """A convolution that computes maps smaller than its kernel in float32, also within autocast.
+
+    oneDNN 3.10 (PyTorch 2.11) does not write the bfloat16 gradient of weights that no pixel
+    reaches, for example with stride 2 on a map one pixel wide: it is what was in memory before.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        is_small = min(x.shape[-2:]) < max(2, *self.kernel_size)
+        if not is_small or not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x.to(self.weight.dtype)).to(dtype)
+
+
+def optimize(cfg: CfgNode, model: nn.Module) -> None:
+    """Lay the weights of a detector out in memory, and compile it, as the config says.
+
+    Names and values of the weights stay as they are, and what the convolutions compute.
+
+    Args:
+        cfg: config of the run.
+        model: changed in place.
+
+    Raises:
+        FreeAnchorError: `MODEL.MEMORY_FORMAT` is unknown.
+    """
+    wanted = cfg.MODEL.MEMORY_FORMAT
+    if wanted not in ("auto", "contiguous", "channels_last"):
+        raise FreeAnchorError(
+            f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {wanted!r}"
+        )
+    precision = choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
+    is_bfloat16_on_cpu = cfg.MODEL.DEVICE == "cpu" and precision.dtype == torch.bfloat16
+    if is_bfloat16_on_cpu:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                kind = type(module)
+                module.__class__ = type(kind.__name__, (_Float32OnSmallMaps, kind), {})
+    if wanted == "auto":
+        wanted = "channels_last" if is_bfloat16_on_cpu else "contiguous"
+    if wanted == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cfg.MODEL.COMPILE:
+        for name in ("backbone", "head"):
+            if hasattr(model, name):
+                getattr(model, name).compile()
+    logger.info(
+        f"Convolutions in {str(precision.dtype).removeprefix('torch.')}, as {precision.reason}; "
+        f"memory format {wanted}{', compiled' if cfg.MODEL.COMPILE else ''}; weights and losses in "
+        "float32"
+    )
