@@ -14,6 +14,7 @@ import pytest
 import torch
 from freeanchor.checkpoint import files, read_checkpoint, write_checkpoint
 from freeanchor.errors import FileError
+from safetensors.torch import save_file
 
 TENSORS = {"a.weight": torch.randn(3, 2), "a.bias": torch.zeros(3, dtype=torch.int64)}
 
@@ -306,7 +307,7 @@ def test_writing_another_suffix(tmp_path):
 def test_config_in_safetensors_that_is_no_json(tmp_path):
     """The header is data too, and may be wrong."""
     path = tmp_path / "a.safetensors"
-    files.save_file(TENSORS, path, {files.CONFIG_KEY: "{"})
+    save_file(TENSORS, path, {files.CONFIG_KEY: "{"})
     with pytest.raises(FileError, match=r"a\.safetensors is damaged"):
         read_checkpoint(str(path))
 
@@ -341,6 +342,6 @@ def test_pickle_that_nests_without_end(tmp_path):
 @pytest.mark.parametrize("config", ["[1]", "3", "null"])
 def test_config_in_safetensors_that_is_no_dictionary(tmp_path, config):
     """It is damage, not an AttributeError later."""
-    files.save_file(TENSORS, tmp_path / "a.safetensors", {files.CONFIG_KEY: config})
+    save_file(TENSORS, tmp_path / "a.safetensors", {files.CONFIG_KEY: config})
     with pytest.raises(FileError, match=r"a\.safetensors is damaged"):
         read_checkpoint(str(tmp_path / "a.safetensors"))
