@@ -24,7 +24,7 @@ from ..data import (
     report_findings,
     resolve_classes,
 )
-from ..errors import FreeAnchorError
+from ..errors import FileError, FreeAnchorError
 from ..modeling.precision import choose_precision
 
 __all__ = ["argument_parser", "build_config", "check", "setup"]
@@ -82,12 +82,15 @@ def build_config(args: argparse.Namespace) -> CfgNode:
 
 def _trained_classes(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """The classes of the weights that are to be evaluated, as far as they say."""
-    path = cfg.MODEL.WEIGHTS
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if args.resume and os.path.isfile(last):
         with open(last) as f:
             path = os.path.join(cfg.OUTPUT_DIR, f.read().strip())
-    return read_class_names(path) if path else []
+        try:
+            return read_class_names(path)
+        except FileError:  # damaged: loading takes the one before, and compares the classes
+            return []
+    return read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
 
 
 def _dataset_names(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
