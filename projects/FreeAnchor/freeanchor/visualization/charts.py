@@ -16,7 +16,7 @@ COLORS = (
 )
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 34
-_MOST_POINTS = 200
+_MOST_POINTS = 101
 _MOST_CLASSES = 20  # in a confusion table that can be read
 
 

@@ -46,8 +46,7 @@ const { Picture, Dom } = (() => {
         html("img", { src: image.src, alt: "", draggable: "false" }),
         this.overlay,
       );
-      box.style.aspectRatio = `${image.width} / ${image.height}`;
-      box.style.maxWidth = `calc(85vh * ${image.width / image.height})`;
+      box.style.setProperty("--ratio", image.width / image.height);
       this.caption = html("span");
       this.info = html("p", { class: "info", role: "status" });
       const name = viewer.data.runs.length > 1 ? `${viewer.data.runs[run]}: ` : "";
