@@ -70,9 +70,10 @@ class Run:
     survive a fork.
     """
 
-    def __init__(self, arguments, processes=1, port=29555):
+    def __init__(self, arguments, processes=1):
         self.output = Path(arguments[arguments.index("OUTPUT_DIR") + 1])
         self.output.mkdir(parents=True, exist_ok=True)
+        port = 20000 + os.getpid() % 20000
         self.pids = [self._fork(arguments, rank, processes, port) for rank in range(processes)]
 
     def _fork(self, arguments, rank, processes, port):
