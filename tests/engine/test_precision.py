@@ -213,6 +213,26 @@ def test_gradients_on_small_maps(cfg, size, layout):
             torch.testing.assert_close(layer.weight.grad, expected, rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("layer", "size", "exact"),
+    [
+        (nn.Conv2d(8, 8, 1, stride=2), 9, True),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1), 2, True),
+        (nn.Conv2d(16, 8, 1, stride=2), 9, False),
+        (nn.Conv2d(8, 8, 1), 9, False),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1), 3, False),
+    ],
+)
+def test_float32_where_bfloat16_is_unsafe(cfg, layer, size, exact):
+    """There the weights are not rounded, and elsewhere they are."""
+    layer = copy.deepcopy(layer)
+    x = torch.randn(2, layer.in_channels, size, size).bfloat16()
+    expected = layer(x.float()).bfloat16()
+    precision.optimize(configure(cfg, *MIXED), layer)
+    with precision.autocast(cfg):
+        assert torch.equal(layer(x), expected) == exact
+
+
 class _LargeFloats(TorchDispatchMode):
     """Notes operators that give float32 tensors of a size."""
 

@@ -60,17 +60,20 @@ def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-class _Float32OnSmallMaps(nn.Conv2d):
-    """A convolution that computes maps smaller than its kernel in float32, also within autocast.
+class _SafeInBfloat16(nn.Conv2d):
+    """A convolution that computes in float32, also within autocast, what oneDNN does wrong.
 
-    oneDNN 3.10 (PyTorch 2.11) does not write the bfloat16 gradient of weights that no pixel
-    reaches, for example with stride 2 on a map one pixel wide: it is what was in memory before.
+    Version 3.10 (PyTorch 2.11), in bfloat16: on maps smaller than the kernel, the gradient of
+    weights that no pixel reaches is not written, so it is what was in memory before (with stride 2
+    on a map one pixel wide). And the gradient of a 1 x 1 convolution with a stride and fewer than
+    16 channels is written past its end.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         is_small = min(x.shape[-2:]) < max(2, *self.kernel_size)
-        if not is_small or not torch.is_autocast_enabled(device):
+        is_narrow = self.in_channels < 16 and max(self.kernel_size) == 1 < max(self.stride)
+        if not (is_small or is_narrow) or not torch.is_autocast_enabled(device):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -100,7 +103,7 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 kind = type(module)
-                module.__class__ = type(kind.__name__, (_Float32OnSmallMaps, kind), {})
+                module.__class__ = type(kind.__name__, (_SafeInBfloat16, kind), {})
     if wanted == "auto":
         wanted = "channels_last" if is_bfloat16_on_cpu else "contiguous"
     if wanted == "channels_last":
