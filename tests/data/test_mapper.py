@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from freeanchor import data
@@ -107,3 +108,35 @@ def test_image_that_breaks_in_evaluation(cfg, broken, spares):
     mapper = data.Mapper(cfg, is_train=False, spares=broken[:spares])
     with pytest.raises(DatasetError, match=r"3\.png cannot be read"):
         mapper(broken[2])
+
+
+def test_ignore_regions(cfg, coco):
+    """By their key, crowds reach the model as they lie in the resized and flipped image."""
+    crowds = [
+        {"bbox": [4, 6, 20, 30], "iscrowd": 1},
+        {"bbox": [40, 2, 10, 10], "ignore": 1},
+    ]
+    name, *paths = coco(annotations=crowds)
+    data.register_datasets([(name, *paths)])
+    record = DatasetCatalog.get(name)[0]
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 500  # twice the size
+    cfg.MODEL.FREEANCHOR.IGNORE_REGIONS = False
+    assert "ignore_regions" not in data.Mapper(cfg, is_train=True)(record)
+    cfg.MODEL.FREEANCHOR.IGNORE_REGIONS = True
+    expected = torch.tensor([[8.0, 12, 48, 72], [80, 4, 100, 24]])
+    flipped = expected.clone()
+    flipped[:, [0, 2]] = 128 - expected[:, [2, 0]]
+    mapper, seen = data.Mapper(cfg, is_train=True), set()
+    for _ in range(20):
+        mapped = mapper(record)
+        assert len(mapped["instances"]) == 1
+        assert any(torch.equal(mapped["ignore_regions"], x) for x in (expected, flipped))
+        seen.add(mapped["ignore_regions"][0, 0].item())
+    assert len(seen) == 2
+    assert "ignore_regions" not in data.Mapper(cfg, is_train=False)(record)
+
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    model = build_model(cfg)
+    with_regions = model([mapped, mapped])["loss_negative"].item()
+    mapped["ignore_regions"] = mapped["ignore_regions"][:0]
+    assert with_regions < model([mapped, mapped])["loss_negative"].item()

@@ -53,13 +53,10 @@ def test_is_registered():
 
 def test_signature_of_losses():
     """The entry point that others call is stable."""
-    assert list(inspect.signature(FreeAnchor.losses).parameters) == [
-        "self",
-        "anchors",
-        "pred_logits",
-        "pred_anchor_deltas",
-        "gt_instances",
-    ]
+    names = ["self", "anchors", "pred_logits", "pred_anchor_deltas", "gt_instances"]
+    parameters = list(inspect.signature(FreeAnchor.losses).parameters.values())
+    assert [p.name for p in parameters[:5]] == names
+    assert all(p.default is not inspect.Parameter.empty for p in parameters[5:])
 
 
 @pytest.mark.parametrize(

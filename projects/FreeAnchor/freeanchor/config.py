@@ -45,6 +45,10 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Names of the classes, in the order of the model's outputs; empty: those of the first data set.
     # Data sets are brought to them by name.
     cfg.MODEL.FREEANCHOR.CLASS_NAMES = []
+    # Whether crowd regions (`iscrowd`, `ignore`) are neither object nor background in training: an
+    # anchor whose predicted box lies mostly inside one has no negative loss. Off as in the paper.
+    cfg.MODEL.FREEANCHOR.IGNORE_REGIONS = False
+
     # Whose objects the losses are divided by: those of all processes ("global"), which gives the
     # gradient of one large batch, or as in the paper those of each one ("local").
     cfg.MODEL.FREEANCHOR.NORMALIZER = "global"

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size
+from detectron2.structures import Boxes, BoxMode
 
 from ..errors import DatasetError
 from .images import ImageReader
@@ -38,6 +39,7 @@ class Mapper(DatasetMapper):
         *args: Any,
         reader: ImageReader,
         max_broken: int,
+        ignore_regions: bool = False,
         spares: Sequence[dict[str, Any]] = (),
         **kwargs: Any,
     ) -> None:
@@ -48,12 +50,15 @@ class Mapper(DatasetMapper):
             reader: reads the images.
             max_broken: as many images that cannot be read are replaced, in each process that
                 loads data.
+            ignore_regions: whether the crowd regions go to the model, as (G, 4) boxes by the key
+                "ignore_regions". As objects they are left out in every case.
             spares: records to replace them by; without, such an image is an error.
             kwargs: see :class:`detectron2.data.DatasetMapper`.
         """
         super().__init__(*args, **kwargs)
         self.reader = reader
         self.max_broken = max_broken
+        self.ignore_regions = ignore_regions
         self.spares = spares
         self._num_broken = 0
 
@@ -63,6 +68,7 @@ class Mapper(DatasetMapper):
             **super().from_config(cfg, is_train),
             "reader": ImageReader.from_config(cfg),
             "max_broken": cfg.DATALOADER.MAX_BROKEN_IMAGES,
+            "ignore_regions": cfg.MODEL.FREEANCHOR.IGNORE_REGIONS,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +104,8 @@ class Mapper(DatasetMapper):
             np.require(image.transpose(2, 0, 1), requirements=("C", "W"))
         )
         if self.is_train and "annotations" in record:
+            if self.ignore_regions:
+                record["ignore_regions"] = _regions(record["annotations"], transforms, image.shape)
             self._transform_annotations(record, transforms, image.shape[:2])
         record.pop("annotations", None)
         return record
@@ -119,3 +127,18 @@ class Mapper(DatasetMapper):
         except OSError:  # of a disk or a network, which may be back
             time.sleep(_RETRY_SECONDS)
             return self.reader.read(path)
+
+
+def _regions(
+    annotations: list[dict[str, Any]], transforms: Any, image_shape: tuple[int, ...]
+) -> torch.Tensor:
+    """(G, 4) crowd regions as the transforms leave them, those that are out of sight left out."""
+    boxes = [
+        BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS)
+        for x in annotations
+        if x.get("iscrowd", 0)
+    ]
+    moved = Boxes(transforms.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4)))
+    moved.clip((image_shape[0], image_shape[1]))
+    regions: torch.Tensor = moved[moved.nonempty()].tensor
+    return regions

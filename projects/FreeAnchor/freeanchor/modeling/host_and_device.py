@@ -49,7 +49,10 @@ def _image_to_device(
     fields["gt_boxes"] = Boxes(_copy(boxes, device))
     fields["gt_classes"] = _copy(classes, device)
     instances = Instances(image["instances"].image_size, **fields)
-    return {**image, "image": _copy(image["image"], device), "instances": instances}
+    result = {**image, "image": _copy(image["image"], device), "instances": instances}
+    if "ignore_regions" in image:
+        result["ignore_regions"] = _copy(image["ignore_regions"], device)
+    return result
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

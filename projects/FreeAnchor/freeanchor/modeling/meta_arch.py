@@ -1,5 +1,6 @@
 """The meta-architecture: RetinaNet whose anchors are matched and trained by FreeAnchor."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..layers import iou_topk, negative_bag_loss, take
 from ..layers.losses import bag_logit, positive_bag_loss
 from ..layers.matching import BoxCoding, Objects, encode_boxes, matched_log_probability
+from ..layers.regions import ignored_anchors, without_ignored
 from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
 from .host_and_device import DelayedScalars, to_device
@@ -71,6 +73,7 @@ class FreeAnchor(RetinaNet):
         bbox_threshold: float = 0.6,
         bbox_reg_weight: float = 0.75,
         inclusive_corners: bool = False,
+        ignore_regions: bool = False,
         config: CfgNode | None = None,
         normalizer: str = "global",
         **kwargs: Any,
@@ -83,6 +86,8 @@ class FreeAnchor(RetinaNet):
             bbox_reg_weight: weight of the localisation loss in the matched probability.
             inclusive_corners: whether boxes end on their last pixel where they are resized with
                 their image, as in the paper's repository. Inputs and outputs are Detectron2's.
+            ignore_regions: whether anchors that predict a box in an ignore region (a crowd) have no
+                negative loss, instead of being background.
             config: what the model was built with, if with a config. Weights that need another one
                 are refused.
             normalizer: whose objects the losses are divided by, see :class:`Normalizer`.
@@ -109,6 +114,8 @@ class FreeAnchor(RetinaNet):
         self.bbox_reg_weight = bbox_reg_weight
         self._delayed_scalars = DelayedScalars()
         self.inclusive_corners = inclusive_corners
+        self.ignore_regions = ignore_regions
+        self._regions: list[Tensor | None] = []  # of the images of the batch
         self.config = config
         self.normalizer = Normalizer(normalizer)
         if inclusive_corners:
@@ -130,6 +137,7 @@ class FreeAnchor(RetinaNet):
         ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
         ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
         ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
+        ret["ignore_regions"] = cfg.MODEL.FREEANCHOR.IGNORE_REGIONS
         ret["config"] = cfg.clone()
         ret["normalizer"] = cfg.MODEL.FREEANCHOR.NORMALIZER
         return ret
@@ -137,6 +145,8 @@ class FreeAnchor(RetinaNet):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         if self.training:
             batched_inputs = to_device(batched_inputs, self.device, self.num_classes)
+            if self.ignore_regions:
+                self._regions = [x.get("ignore_regions") for x in batched_inputs]
         return super().forward(batched_inputs)
 
     def forward_training(
@@ -152,7 +162,7 @@ class FreeAnchor(RetinaNet):
             for levels, depth in zip(predictions, (self.num_classes, 4))
         )
         anchors = self.anchor_generator(features)
-        return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances)
+        return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances, self._regions)
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -166,6 +176,7 @@ class FreeAnchor(RetinaNet):
         pred_logits: list[Tensor],
         pred_anchor_deltas: list[Tensor],
         gt_instances: list[Instances],
+        ignore_regions: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         """The two bag losses of a batch (paper, section 3.3), in float32 or better.
 
@@ -179,6 +190,7 @@ class FreeAnchor(RetinaNet):
                 memory layout. The latter makes the search for bags faster.
             pred_anchor_deltas: per level, (N, Hi * Wi * A, 4) or (N, Hi, Wi, A, 4) deltas.
             gt_instances: N instances with `gt_boxes` and `gt_classes`, possibly none in an image.
+            ignore_regions: N times (G, 4) boxes, or None; see :mod:`freeanchor.layers.regions`.
 
         Returns:
             "loss_positive" and "loss_negative", scalars. They stay in the graph of both
@@ -193,17 +205,27 @@ class FreeAnchor(RetinaNet):
             )
             bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
             num_objects = self.normalizer(gt_instances, bags.anchors.device).to(bags.anchors.dtype)
+            index = bags.row * self.num_classes + bags.objects.classes[:, None]
+            background = pred_logits
+            is_ignoring = any(x is not None and len(x) for x in ignore_regions)
+            if is_ignoring:
+                masks = ignored_anchors(
+                    pred_anchor_deltas, bags.levels, ignore_regions, self._box_coding
+                )
+                background = without_ignored(pred_logits, masks)
             negative, bag_logits, max_iou = negative_bag_loss(
-                pred_logits,
+                background,
                 pred_anchor_deltas,
                 bags.levels,
                 bags.objects,
-                bags.row * self.num_classes + bags.objects.classes[:, None],
+                index,
                 self._box_coding,
                 self.bbox_threshold,
                 self.focal_loss_gamma,
                 (1 - self.focal_loss_alpha) / (self.pre_anchor_topk * num_objects),
             )
+            if is_ignoring:  # the objects in a region keep their bags
+                bag_logits = take(pred_logits, index)
             log_prob = self._log_prob(bags, bag_logits, pred_anchor_deltas)
             positive = positive_bag_loss(log_prob)
 
