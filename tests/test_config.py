@@ -78,6 +78,8 @@ def test_config_is_the_official_one(path):
         "P6_IN_FEATURE": "res5",
         "P7_RELU": True,
         "INCLUSIVE_CORNERS": False,
+        "IGNORE_REGIONS": False,
+        "NORMALIZER": "local",  # as the published results were obtained
     }
 
 

@@ -4,11 +4,13 @@ from .anchors import best_anchor_iou, propose_anchors, training_boxes
 from .catalog import register_datasets
 from .checking import check_dataset
 from .classes import NUM_CLASSES_FROM_DATA, resolve_classes
-from .coco import CocoFile, read_coco
+from .coco import read_coco
+from .coco_file import CocoFile
 from .datasets import check_images, load_training_set, report_findings
 from .images import ImageReader, num_channels, read_image
-from .importing import READINGS, import_boxes, import_voc, import_yolo
+from .importing import import_voc, import_yolo
 from .mapper import Mapper
+from .readings import READINGS, import_boxes
 from .shapes import write_shapes
 
 __all__ = [

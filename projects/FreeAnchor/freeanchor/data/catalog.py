@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import DatasetError, shorten
-from .coco import CocoFile, read_coco
+from .coco import read_coco
+from .coco_file import CocoFile
 from .findings import Findings, show
 from .records import check_records, to_coco
 

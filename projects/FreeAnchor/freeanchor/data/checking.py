@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ..errors import DatasetError
 from ..evaluation import ASPECT_RATIOS, CROWDING, aspect_ratios, crowding
 from .anchors import best_anchor_iou, training_boxes
-from .coco import CocoFile, read_coco
+from .coco import read_coco
+from .coco_file import CocoFile
 from .containers import read_json
 from .datasets import sum_up
 from .images import ImageReader, ImageState

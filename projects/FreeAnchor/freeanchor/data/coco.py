@@ -5,26 +5,23 @@ read whatever it is written as, what no detector can use is left out and counted
 mean two things is an error that names the file and the entry.
 """
 
-import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import DatasetError
+from .coco_file import CocoFile, without_collection
 from .containers import read_json
 from .fields import MISSING, UNKNOWN, read_boxes, read_flags, read_ids, read_numbers, refer
 from .findings import BOX_PROBLEMS, Findings, box_problems, check_plausible, show
 from .folder import ImageFolder
 from .images import ImageReader
 
-__all__ = ["CocoFile", "read_coco"]
+__all__ = ["read_coco"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,81 +29,6 @@ _CHUNK = 100_000  # annotations that are looked at, and freed, at a time
 _LARGE = 50e6  # bytes of a file whose reading takes long enough to be announced
 # Two files of COCO 2014 that everybody uses have some annotations twice.
 _WITH_DUPLICATES = "minival"
-
-
-@dataclass
-class CocoFile:
-    """What a COCO file holds, by columns: N images, M boxes that can be used, C classes."""
-
-    path: str
-    # (C,) by the order of their ids.
-    class_names: list[str]
-    class_ids: list[int | str]
-    # (N,) by the order of their ids.
-    image_ids: list[int | str]
-    file_names: list[str]
-    sizes: NDArray[Any]  # (N, 2) width and height
-    # (M,) and (M, 4), image by image: those of image i are starts[i] up to starts[i + 1].
-    starts: NDArray[Any] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    boxes: NDArray[Any] = field(default_factory=lambda: np.zeros((0, 4)))  # x, y, width, height
-    areas: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
-    classes: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    crowd: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # in the file
-    # Whether the file has `annotations`: without, there is nothing to train on or to evaluate by.
-    has_truth: bool = False
-    # What was left out or read in another way.
-    findings: Findings = field(default_factory=Findings)
-
-    def records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The images in Detectron2's standard format.
-
-        Args:
-            indices: (C,) the class of the model that each class of the file is.
-        """
-        with _without_collection():
-            records: list[dict[str, Any]] = []
-            new = np.asarray(indices, dtype=np.int64)
-            sizes = self.sizes.tolist()
-            for i, (image_id, file_name) in enumerate(zip(self.image_ids, self.file_names)):
-                width, height = sizes[i]
-                record = {
-                    "file_name": file_name,
-                    "height": height,
-                    "width": width,
-                    "image_id": image_id,
-                }
-                if self.has_truth:
-                    rows = slice(self.starts[i], self.starts[i + 1])
-                    record["annotations"] = [
-                        {
-                            "iscrowd": crowd,
-                            "bbox": box,
-                            "category_id": category,
-                            "bbox_mode": BoxMode.XYWH_ABS,
-                            "area": area,
-                        }
-                        for crowd, box, category, area in zip(
-                            self.crowd[rows].astype(int).tolist(),
-                            self.boxes[rows].tolist(),
-                            new[self.classes[rows]].tolist(),
-                            self.areas[rows].tolist(),
-                        )
-                    ]
-                records.append(record)
-            return records
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Millions of new objects, none of which is garbage: looking for it would take most time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def read_coco(path: str, image_root: str, reader: ImageReader | None = None) -> CocoFile:
@@ -121,7 +43,7 @@ def read_coco(path: str, image_root: str, reader: ImageReader | None = None) -> 
         DatasetError: the file is no COCO file, or something in it cannot be what is meant.
     """
     try:
-        with _without_collection():
+        with without_collection():
             content = read_json(path, lambda size: _announce(path, size))
             class_ids, class_names = _read_categories(content["categories"])
             file = _read_images(content["images"], path, image_root, reader or ImageReader())

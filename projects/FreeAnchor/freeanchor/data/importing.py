@@ -5,9 +5,8 @@ images they are of and what their classes are is decided here: its readers of wh
 no split files, and take an image without annotations for one without objects.
 """
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -17,18 +16,14 @@ import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..errors import DatasetError, shorten
-from .coco import read_coco
-from .containers import read_json
-from .fields import read_boxes, read_numbers, refer
+from ..errors import DatasetError
 from .findings import show
 from .folder import ImageFolder
 from .images import ImageReader
+from .readings import write_coco
 
-__all__ = ["READINGS", "import_boxes", "import_voc", "import_yolo"]
+__all__ = ["import_voc", "import_yolo"]
 
-# What the four numbers of a box may be, besides x, y, width, height in pixels.
-READINGS = ("xyxy", "cxcywh", "normalised")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
 
 
@@ -339,69 +334,4 @@ class _Writer:
 
     def write(self, out: Path) -> None:
         """Write it."""
-        _write(out, self.content)
-
-
-def _write(out: Path, content: dict[str, Any]) -> None:
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(out)
-    except OSError as e:
-        raise DatasetError(f"{out} cannot be written: {e}") from e
-
-
-def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
-    """Write a COCO file whose boxes are something else as one with x, y, width, height in pixels.
-
-    Args:
-        source: the file, which is not changed.
-        out: the new one.
-        readings: of `READINGS`: `xyxy` (two corners) or `cxcywh` (centre, width, height); and
-            `normalised` (fractions of the image).
-
-    Raises:
-        DatasetError: the file cannot be read, or the boxes are not what they are said to be.
-    """
-    if {"xyxy", "cxcywh"} <= set(readings):
-        raise DatasetError("--boxes: they are either xyxy or cxcywh")
-    if out.exists() and os.path.samefile(source, out):
-        raise DatasetError(f"{out} is the file that is to be read: give another name")
-    content = read_json(str(source))
-    images, annotations = content["images"], content.get("annotations")
-    if not isinstance(images, list) or not isinstance(annotations, list):
-        raise DatasetError(f"{source}: `images` and `annotations` should be lists")
-    if not set(map(type, [*images, *annotations])) <= {dict}:
-        raise DatasetError(f"{source}: an entry of `images` or `annotations` is no object")
-    positions = refer([x.get("image_id") for x in annotations], [x.get("id") for x in images])
-    sizes = np.stack([read_numbers([x.get(k) for x in images]) for k in ("width", "height")], 1)
-    boxes, broken = read_boxes([x.get("bbox") for x in annotations])
-    for i in _changed(positions, broken):
-        size = sizes[positions[i]]
-        if "normalised" in readings and not (size > 0).all():
-            raise DatasetError(
-                f"{source}: image {show(images[positions[i]].get('id'))} needs `width` and "
-                "`height`, as its boxes are fractions of them"
-            )
-        first, second = boxes[i, :2], boxes[i, 2:]
-        if "normalised" in readings:
-            first, second = first * size, second * size
-        if "xyxy" in readings:
-            second = second - first
-        elif "cxcywh" in readings:
-            first = first - second / 2
-        annotation = annotations[i]
-        annotation["bbox"] = [round(float(v), 4) for v in (*first, *second)]
-        # It may have been computed from numbers that mean something else.
-        annotation["area"] = round(float(second[0] * second[1]), 4)
-    _write(out, content)
-    try:
-        read_coco(str(out), str(out.parent))
-    except DatasetError as e:
-        out.unlink()
-        raise DatasetError(f"read as {shorten(readings, ' and ')}, {e}") from e
-
-
-def _changed(positions: NDArray[Any], broken: NDArray[Any]) -> Iterator[int]:
-    yield from np.flatnonzero((positions >= 0) & ~broken).tolist()
+        write_coco(out, self.content)

@@ -19,11 +19,11 @@ from ..layers.regions import ignored_anchors, without_ignored
 from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
 from .host_and_device import DelayedScalars, to_device
+from .inclusive_corners import from_inclusive_corners, to_inclusive_corners
 from .inference import detect
 from .normalizer import Normalizer
 
-__all__ = ["FreeAnchor", "Matching", "inclusive_shift"]
-
+__all__ = ["FreeAnchor", "Matching"]
 
 _FIRST_LOGGED = "freeanchor/objects_per_image"
 # As Detectron2's RetinaNet assigns anchors.
@@ -119,8 +119,8 @@ class FreeAnchor(RetinaNet):
         self.config = config
         self.normalizer = Normalizer(normalizer)
         if inclusive_corners:
-            self.register_forward_pre_hook(_to_inclusive_corners)
-            self.register_forward_hook(_from_inclusive_corners)
+            self.register_forward_pre_hook(to_inclusive_corners)
+            self.register_forward_hook(from_inclusive_corners)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -162,7 +162,9 @@ class FreeAnchor(RetinaNet):
             for levels, depth in zip(predictions, (self.num_classes, 4))
         )
         anchors = self.anchor_generator(features)
-        return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances, self._regions)
+        # Who has losses of an own with the stable signature need not know of regions.
+        regions = [self._regions] if self.ignore_regions else []
+        return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances, *regions)
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -366,71 +368,3 @@ class FreeAnchor(RetinaNet):
             "freeanchor/localized_objects": (max_iou > self.bbox_threshold).to(share.dtype).mean(),
         }
         self._delayed_scalars.put(list(values), torch.stack(list(values.values())))
-
-
-def inclusive_shift(boxes: Tensor, scale: tuple[float, float]) -> Tensor:
-    """Correct resized boxes for inclusive corners.
-
-    With them, a box of width w is w - 1 wide from its first to its last pixel, and that is what is
-    resized. The network itself has Detectron2's boxes: its anchors, losses and NMS come out the
-    same in both conventions.
-
-    Args:
-        boxes: (M, 4) boxes in Detectron2's convention, resized by `scale`.
-        scale: factors of width and height.
-
-    Returns:
-        (M, 4) boxes in Detectron2's convention: (w - 1) * scale + 1 wide instead of w * scale.
-    """
-    return boxes + boxes.new_tensor([0, 0, 1 - scale[0], 1 - scale[1]])
-
-
-def _sizes(image: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) of the original image and of the network's input."""
-    height, width = image["image"].shape[-2:]
-    return (image.get("width", width), image.get("height", height)), (width, height)
-
-
-def _resize_factors(model: FreeAnchor, image: dict[str, Any]) -> tuple[float, float]:
-    """By which the width and height of a training image were resized."""
-    if "resize_factors" in image:
-        factors: tuple[float, float] = image["resize_factors"]
-        return factors
-    if model.config is not None and model.config.INPUT.CROP.ENABLED:
-        raise ValueError(
-            "MODEL.FREEANCHOR.INCLUSIVE_CORNERS with INPUT.CROP needs the `resize_factors` of each "
-            "image, which freeanchor.data.Mapper gives"
-        )
-    original, resized = _sizes(image)
-    return resized[0] / original[0], resized[1] / original[1]
-
-
-def _to_inclusive_corners(
-    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]
-) -> tuple[list[dict[str, Any]]] | None:
-    """Resize ground truth as the paper's repository does, where a box is at least a pixel wide."""
-    if not model.training:
-        return None
-    batch = []
-    for image in inputs[0]:
-        instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
-        scale = _resize_factors(model, image)
-        boxes = inclusive_shift(instances.gt_boxes.tensor, scale)
-        start, end = boxes.split(2, dim=1)
-        instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
-        batch.append({**image, "instances": instances})
-    return (batch,)
-
-
-def _from_inclusive_corners(
-    model: FreeAnchor, inputs: tuple[list[dict[str, Any]]], outputs: Any
-) -> None:
-    """Resize detections as the paper's repository does."""
-    if model.training:
-        return
-    for image, output in zip(*inputs, outputs):
-        original, resized = _sizes(image)
-        boxes = output["instances"].pred_boxes
-        scale = original[0] / resized[0], original[1] / resized[1]
-        boxes.tensor = inclusive_shift(boxes.tensor, scale)
-        boxes.clip(output["instances"].image_size)

@@ -14,8 +14,8 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from .inclusive_corners import inclusive_shift
 from .inference import candidates, dense_detector
-from .meta_arch import inclusive_shift
 
 __all__ = ["MultiScaleTest"]
 
