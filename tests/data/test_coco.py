@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from freeanchor.data import read_coco
+from freeanchor.data import read_coco, register_datasets
 from freeanchor.errors import DatasetError
 from PIL import Image
 
@@ -513,3 +513,28 @@ def test_composed_and_decomposed_letters(content, read):
     file, records = read(content)
     assert os.path.isfile(records[1]["file_name"])
     assert "1 images are there by another name" in file.findings.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("a.xml", "voc"),
+        ("Annotations/a.xml", "voc"),
+        ("a.txt", "yolo"),
+        ("labels/a.txt", "yolo"),
+        ("labels/train/a.txt", "yolo"),
+    ],
+)
+def test_folders_of_other_formats(tmp_path, file, kind):
+    """Also the folder above: the message has the command that imports it."""
+    root = tmp_path / "set"
+    (root / file).parent.mkdir(parents=True)
+    (root / file).write_text("")
+    with pytest.raises(DatasetError, match=f"freeanchor import --from {kind} {root} OUT.json"):
+        register_datasets([("set", str(root), str(tmp_path))])
+
+
+def test_folder_of_no_format(tmp_path):
+    """The file in it is asked for."""
+    with pytest.raises(DatasetError, match="is a folder: give the annotation file in it"):
+        register_datasets([("set", str(tmp_path), str(tmp_path))])

@@ -1,6 +1,7 @@
 """Opening an annotation file: what is no COCO file is named as what it is."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -74,10 +75,18 @@ def read_json(path: str, size: Callable[[int], None] = lambda _: None) -> dict[s
 
 
 def _folder(path: str) -> str:
-    names = [x.lower() for x in PathManager.ls(path)]
-    for suffix, kind in ((".xml", "voc"), (".txt", "yolo")):
-        if any(x.endswith(suffix) for x in names):
-            what = {"voc": "Pascal VOC's XML files", "yolo": "YOLO's text files"}[kind]
+    names = {x.lower(): x for x in PathManager.ls(path)}
+    for kind, what, suffix, inner in (
+        ("voc", "Pascal VOC's XML files", ".xml", "annotations"),
+        ("yolo", "YOLO's text files", ".txt", "labels"),
+    ):
+        found = list(names)
+        below = os.path.join(path, names.get(inner, inner))
+        if PathManager.isdir(below):
+            found += PathManager.ls(below)
+        # YOLO's labels are often in a folder for each split.
+        has_labels = kind == "yolo" and PathManager.isdir(below)
+        if has_labels or any(x.lower().endswith(suffix) for x in found):
             return (
                 f"a folder with {what}: `freeanchor import --from {kind} {path} OUT.json` makes an "
                 "annotation file of it"
