@@ -66,7 +66,7 @@ def build_step(setting, mixed):
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
     cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
     cfg.SOLVER.AMP.ENABLED = mixed
-    cfg.SOLVER.BASE_LR = 1e-5  # random weights
+    cfg.SOLVER.BASE_LR = 0.0  # random weights, which a step would blow up
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     model = Trainer.build_model(cfg)
     size = [setting.size] * 2
