@@ -8,7 +8,8 @@ prints a table in Markdown. A step is forward, backward and update, with random 
                 The convolution is the most that one can hope for of the CPU.
     busy        how OpenMP's threads wait for each other, as `import freeanchor` sets it against
                 GNU's default (PyTorch imported before): medians of alternating steps, of a process
-                each, with nothing else running and beside as many busy loops as there are cores.
+                each, with nothing else running, beside as many busy loops as there are cores, and
+                beside loops that stay on a core each.
 """
 
 import argparse
@@ -140,14 +141,18 @@ def measure_busy(runs):
     try:
         ours, theirs = alternate_children(runs, children)
         yield Row("quick config, 2 threads, quiet: time over GNU's default", "ms", ours, theirs)
-        loops = [
-            subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            for _ in range(os.cpu_count())
-        ]
+        cores = os.sched_getaffinity(0)
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
         busy, their_busy = alternate_children(max(3, runs // 3), children)
         yield Row("quick config, 2 threads, busy over quiet: time", "ms", busy, ours)
         title = "quick config, 2 threads, busy over quiet: time with GNU's default"
         yield Row(title, "ms", their_busy, theirs)
+        for loop, core in zip(loops, cores):
+            os.sched_setaffinity(loop.pid, [core])
+        # Not the default: a step of it can take a minute.
+        (busy,) = alternate_children(max(3, runs // 3), children[:1])
+        title = "quick config, 2 threads, busy over quiet, each loop on its core: time"
+        yield Row(title, "ms", busy, ours)
     finally:
         for process in (*children, *loops):
             process.kill()

@@ -10,8 +10,9 @@ import os
 
 __all__ = ["share_cores"]
 
-# Turns of the waiting loop, see docs/benchmarks.md.
-_SPINCOUNT = "100000"
+# Turns of the waiting loop, see docs/precision.md: with 100 a quiet machine is slower, with 100000
+# a machine whose busy programs stay on their cores takes 20 times as long.
+_SPINCOUNT = "1000"
 
 
 def share_cores() -> None:
