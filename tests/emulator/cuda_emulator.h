@@ -101,9 +101,6 @@ inline int __float_as_int(float x) {
 inline long long __double_as_longlong(double x) {
   return emulator::bit_cast<long long>(x);
 }
-inline float __fdividef(float a, float b) {
-  return a / b;
-}
 
 constexpr int cudaHostAllocMapped = 0, cudaHostAllocPortable = 0;
 inline void cudaHostAlloc(void** memory, size_t bytes, int) {

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../box_iou.h"
-#include "simd.h"
 
 namespace freeanchor {
 
@@ -30,7 +29,7 @@ class Best {
     return bound_;
   }
 
-  FREEANCHOR_INLINE void offer(const Candidate<T>& candidate) {
+  __attribute__((always_inline)) void offer(const Candidate<T>& candidate) {
     if (candidate.iou >= bound_ && candidate.distance >= 0) { // NaN cannot be ordered
       candidates_[size_] = candidate;
       ious_[size_] = candidate.iou;

@@ -25,39 +25,18 @@ constexpr int64_t kObjects = 32;
 
 // IoU of a box with a block of anchors, and whether any is at least `bound`.
 template <typename T>
-FREEANCHOR_INLINE bool iou_loop(
-    const T* __restrict x1, const T* __restrict y1, const T* __restrict x2, const T* __restrict y2,
-    T* __restrict iou, int64_t n, Box<T> box, T bound) {
-  const T area = box.area();
-  int any = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    T width = (box.x2 < x2[i] ? box.x2 : x2[i]) - (box.x1 > x1[i] ? box.x1 : x1[i]);
-    T height = (box.y2 < y2[i] ? box.y2 : y2[i]) - (box.y1 > y1[i] ? box.y1 : y1[i]);
-    width = width > 0 ? width : 0;
-    height = height > 0 ? height : 0;
-    const T inter = width * height;
-    const T all = area + (x2[i] - x1[i]) * (y2[i] - y1[i]) - inter, value = inter / all;
-    iou[i] = (inter > 0) & (all <= std::numeric_limits<T>::max()) ? value : 0;
-    any |= iou[i] >= bound;
-  }
-  return any != 0;
-}
-
-template <bool>
-FREEANCHOR_INLINE bool
-iou_block_body(const float* block, float* iou, int64_t n, const Box<float>& box, float bound) {
-  return iou_loop(
-      block, block + kBlock, block + 2 * kBlock, block + 3 * kBlock, iou, n, box, bound);
-}
-
-FREEANCHOR_SIMD(
-    bool, iou_block,
-    (const float* block, float* iou, int64_t n, const Box<float>& box, float bound), iou_block_body,
-    block, iou, n, box, bound)
-
-bool iou_block(const double* block, double* iou, int64_t n, const Box<double>& box, double bound) {
-  return iou_loop(
-      block, block + kBlock, block + 2 * kBlock, block + 3 * kBlock, iou, n, box, bound);
+bool iou_block(const T* block, T* iou, int64_t n, const Box<T>& box, T bound) {
+  return simd([=](auto) FREEANCHOR_INLINE_LAMBDA {
+    const T* __restrict in = block;
+    T* __restrict out = iou;
+    int any = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Box<T> anchor{in[i], in[kBlock + i], in[2 * kBlock + i], in[3 * kBlock + i]};
+      out[i] = box_iou(box, anchor);
+      any |= out[i] >= bound;
+    }
+    return any != 0;
+  });
 }
 
 // Offers all anchors with an IoU of at least `lowest` to the bests of some objects.

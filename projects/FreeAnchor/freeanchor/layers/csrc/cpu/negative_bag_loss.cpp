@@ -5,12 +5,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "../checks.h"
+#include "../focal.h"
 #include "../levels.h"
 #include "box_prob.h"
 #include "simd.h"
@@ -24,126 +23,42 @@ constexpr int64_t kChunk = 1 << 15;
 // Elements that are converted, computed and summed at a time: they stay in the first level cache.
 constexpr int64_t kBlock = 1024;
 
-template <bool fma>
-FREEANCHOR_INLINE float multiply_add(float a, float b, float c) {
-  if constexpr (fma) {
-    return __builtin_fmaf(a, b, c);
-  } else {
-    return a * b + c;
-  }
-}
-
-// exp(-z) for z >= 0, to two units in the last place. Above 87, where the result is below 2^-125,
-// that of 87.
-template <bool fma>
-FREEANCHOR_INLINE float exp_minus(float z) {
-  z = z > 87.0f ? 87.0f : z;            // NaN stays
-  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = multiply_add<fma>(z, -1.44269504f, kRound);
-  const float n = shifted - kRound;
-  // exp(-z) = 2^n exp(r) with |r| <= log(2) / 2; log(2) in two parts
-  float r = multiply_add<fma>(n, -0.693145752f, -z);
-  r = multiply_add<fma>(n, -1.42860677e-6f, r);
-  // Interpolation at the Chebyshev nodes, relative error 3e-9
-  float p = 1.394121298e-3f;
-  p = multiply_add<fma>(p, r, 8.375210201e-3f);
-  p = multiply_add<fma>(p, r, 4.166635164e-2f);
-  p = multiply_add<fma>(p, r, 1.666641451e-1f);
-  p = multiply_add<fma>(p, r, 0.5f);
-  p = multiply_add<fma>(p, r, 1.0f);
-  p = multiply_add<fma>(p, r, 1.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3f800000u; // 2^n: the low bits of `shifted` are those of n
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
-}
-
-// log(1 + e) for e in [0, 1], to two units in the last place.
-template <bool fma>
-FREEANCHOR_INLINE float log1p_unit(float e) {
-  // log(1 + e) / e interpolated at the Chebyshev nodes, relative error 5e-9
-  float p = -3.176057010e-3f;
-  p = multiply_add<fma>(p, e, 1.954252722e-2f);
-  p = multiply_add<fma>(p, e, -5.637361275e-2f);
-  p = multiply_add<fma>(p, e, 1.054362379e-1f);
-  p = multiply_add<fma>(p, e, -1.526966707e-1f);
-  p = multiply_add<fma>(p, e, 1.966327426e-1f);
-  p = multiply_add<fma>(p, e, -2.495161626e-1f);
-  p = multiply_add<fma>(p, e, 3.332971050e-1f);
-  p = multiply_add<fma>(p, e, -4.999989265e-1f);
-  p = multiply_add<fma>(p, e, 1.0f);
-  return p * e;
-}
-
-// For each logit x: value = p^gamma * nll and slope = grad_scale * dvalue/dx, where p = sigmoid(x)
-// and nll = -log(1 - p). `square` says that gamma is 2; without `grad` there are no slopes.
-template <bool fma, bool square, bool grad>
+// The values and slopes of a block. `square` says that gamma is 2; without `grad` there are no
+// slopes.
+template <bool fma, bool square, bool grad, typename T>
 FREEANCHOR_INLINE void background_loop(
-    const float* __restrict x, float* __restrict value, float* __restrict slope, int64_t n,
-    float gamma, float grad_scale) {
+    const T* __restrict x, T* __restrict value, T* __restrict slope, int64_t n, T gamma,
+    T grad_scale) {
   for (int64_t i = 0; i < n; ++i) {
-    const float e = exp_minus<fma>(x[i] < 0 ? -x[i] : x[i]);
-    const float log1p_e = log1p_unit<fma>(e);
-    const float nll = (x[i] > 0 ? x[i] : 0) + log1p_e;
-    const float r = 1 / (1 + e);
-    const float p = x[i] >= 0 ? r : e * r;
-    const float not_p = x[i] >= 0 ? e * r : r;
-    // p^gamma = exp(gamma * log(p)) with -log(p) = max(-x, 0) + log1p(e)
-    const float power = square ? p * p : exp_minus<fma>(gamma * ((x[i] < 0 ? -x[i] : 0) + log1p_e));
-    value[i] = power * nll;
+    const Term<T> term = background_term<fma>(x[i], gamma, square);
+    value[i] = term.value;
     if constexpr (grad) {
-      slope[i] = power * multiply_add<fma>(gamma * not_p, nll, p) * grad_scale;
+      slope[i] = term.slope * grad_scale;
     }
   }
 }
 
 // The sum of the values of a block. `slope` is null if the gradient is not wanted.
-template <bool fma>
-FREEANCHOR_INLINE double
-background_block(const float* x, float* slope, int64_t n, float gamma, float grad_scale) {
-  alignas(64) float value[kBlock];
-  if (gamma == 2) {
-    slope ? background_loop<fma, true, true>(x, value, slope, n, gamma, grad_scale)
-          : background_loop<fma, true, false>(x, value, slope, n, gamma, grad_scale);
-  } else {
-    slope ? background_loop<fma, false, true>(x, value, slope, n, gamma, grad_scale)
-          : background_loop<fma, false, false>(x, value, slope, n, gamma, grad_scale);
-  }
-  std::fill(value + n, value + (n + 15) / 16 * 16, 0.0f);
-  double sums[16] = {};
-  for (int64_t i = 0; i < n; i += 16) {
-    for (int lane = 0; lane < 16; ++lane) {
-      sums[lane] += value[i + lane];
+template <typename T>
+double background_block(const T* x, T* slope, int64_t n, T gamma, T grad_scale) {
+  return simd([=](auto fma) FREEANCHOR_INLINE_LAMBDA {
+    alignas(64) T value[kBlock];
+    if (gamma == 2) {
+      slope ? background_loop<fma, true, true>(x, value, slope, n, gamma, grad_scale)
+            : background_loop<fma, true, false>(x, value, slope, n, gamma, grad_scale);
+    } else {
+      slope ? background_loop<fma, false, true>(x, value, slope, n, gamma, grad_scale)
+            : background_loop<fma, false, false>(x, value, slope, n, gamma, grad_scale);
     }
-  }
-  double sum = 0;
-  for (double lane : sums) {
-    sum += lane;
-  }
-  return sum;
-}
-
-FREEANCHOR_SIMD(
-    double, background, (const float* x, float* slope, int64_t n, float gamma, float grad_scale),
-    background_block, x, slope, n, gamma, grad_scale)
-
-// The same in double precision, for tests of the gradient.
-double background(const double* x, double* slope, int64_t n, double gamma, double grad_scale) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double e = std::exp(-std::abs(x[i])), log1p_e = std::log1p(e);
-    const double nll = std::max(x[i], 0.0) + log1p_e;
-    const double p = x[i] >= 0 ? 1 / (1 + e) : e / (1 + e);
-    const double not_p = x[i] >= 0 ? e / (1 + e) : 1 / (1 + e);
-    const double power = std::exp(-gamma * (std::max(-x[i], 0.0) + log1p_e));
-    sum += power * nll;
-    if (slope) {
-      slope[i] = power * (gamma * not_p * nll + p) * grad_scale;
+    std::fill(value + n, value + (n + 15) / 16 * 16, T(0));
+    double sums[16] = {};
+    for (int64_t i = 0; i < n; i += 16) {
+      for (int lane = 0; lane < 16; ++lane) {
+        sums[lane] += value[i + lane];
+      }
     }
-  }
-  return sum;
+    return std::accumulate(sums, sums + 16, 0.0);
+  });
 }
 
 // Part of a level.
@@ -153,11 +68,11 @@ double background_part(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin);
     if constexpr (std::is_same_v<scalar_t, T>) {
-      sum += background(x + begin, slope ? slope + begin : nullptr, size, gamma, grad_scale);
+      sum += background_block(x + begin, slope ? slope + begin : nullptr, size, gamma, grad_scale);
     } else {
       T input[kBlock], output[kBlock];
       std::copy_n(x + begin, size, input);
-      sum += background(input, slope ? output : nullptr, size, gamma, grad_scale);
+      sum += background_block(input, slope ? output : nullptr, size, gamma, grad_scale);
       if (slope) {
         std::copy_n(output, size, slope + begin);
       }
@@ -197,17 +112,11 @@ double correct_cells(
     const std::vector<Cell<T>>& cells, T gamma, T grad_scale) {
   double difference = 0;
   for (const Cell<T>& cell : cells) {
-    const T x = levels[cell.index], prob = cell.prob;
-    difference -= background(&x, static_cast<T*>(nullptr), 1, gamma, T(0));
-    const T e = std::exp(-std::abs(x));
-    const T p = x >= 0 ? 1 / (1 + e) : e / (1 + e);
-    const T not_p = x >= 0 ? e / (1 + e) : 1 / (1 + e);
-    const T q = p * (1 - prob), not_q = not_p + p * prob;
-    const T nll = q < T(0.5) ? -std::log1p(-q) : -std::log(not_q);
-    const T power = std::pow(q, gamma);
-    difference += static_cast<double>(power) * nll;
+    const T x = levels[cell.index];
+    const Term<T> term = matched_term(x, cell.prob, gamma);
+    difference += term.value - background_block<T>(&x, nullptr, 1, gamma, 0);
     if (grads.count) {
-      grads[cell.index] = power * not_p * (gamma * nll + q / not_q) * grad_scale;
+      grads[cell.index] = term.slope * grad_scale;
     }
   }
   return difference;

@@ -7,6 +7,10 @@
 #include <ATen/Version.h>
 
 #include <string>
+#include <type_traits>
+
+// What is inlined into a function for an instruction set is compiled for it.
+#define FREEANCHOR_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FREEANCHOR_AVX2 __attribute__((target("avx2,fma")))
@@ -18,42 +22,40 @@
 #endif
 #endif
 
-// The loop is written once, as a function that is inlined into one function per instruction set.
-#define FREEANCHOR_INLINE inline __attribute__((always_inline))
+namespace freeanchor {
 
-// Whether a * b + c is one instruction where nothing but the compiler's default may be used.
-#ifdef __FMA__
-constexpr bool kDefaultFma = true;
-#elif defined(__ARM_FEATURE_FMA)
-constexpr bool kDefaultFma = true;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+using DefaultFma = std::true_type;
 #else
-constexpr bool kDefaultFma = false;
+using DefaultFma = std::false_type;
 #endif
 
-// Defines `name`, with the signature `(params)`, to run body<fma>(args).
 #ifdef FREEANCHOR_AVX2
-#define FREEANCHOR_SIMD(result, name, params, body, ...)       \
-  FREEANCHOR_AVX512 result name##_avx512 params {              \
-    return body<true>(__VA_ARGS__);                            \
-  }                                                            \
-  FREEANCHOR_AVX2 result name##_avx2 params {                  \
-    return body<true>(__VA_ARGS__);                            \
-  }                                                            \
-  result name##_default params {                               \
-    return body<kDefaultFma>(__VA_ARGS__);                     \
-  }                                                            \
-  result name params {                                         \
-    static const auto chosen = [] {                            \
-      const std::string capability = at::get_cpu_capability(); \
-      return capability == "AVX512" ? name##_avx512            \
-             : capability == "AVX2" ? name##_avx2              \
-                                    : name##_default;          \
-    }();                                                       \
-    return chosen(__VA_ARGS__);                                \
-  }
-#else
-#define FREEANCHOR_SIMD(result, name, params, body, ...) \
-  result name params {                                   \
-    return body<kDefaultFma>(__VA_ARGS__);               \
-  }
+template <typename Loop>
+FREEANCHOR_AVX512 auto run_avx512(const Loop& loop) {
+  return loop(std::true_type());
+}
+template <typename Loop>
+FREEANCHOR_AVX2 auto run_avx2(const Loop& loop) {
+  return loop(std::true_type());
+}
 #endif
+
+// Runs loop(fma), a lambda that is FREEANCHOR_INLINE_LAMBDA. `fma` says whether a * b + c is one
+// instruction.
+template <typename Loop>
+auto simd(const Loop& loop) {
+#ifdef FREEANCHOR_AVX2
+  static const auto run = [] {
+    const std::string capability = at::get_cpu_capability();
+    return capability == "AVX512" ? run_avx512<Loop>
+           : capability == "AVX2" ? run_avx2<Loop>
+                                  : +[](const Loop& loop) { return loop(DefaultFma()); };
+  }();
+  return run(loop);
+#else
+  return loop(DefaultFma());
+#endif
+}
+
+} // namespace freeanchor

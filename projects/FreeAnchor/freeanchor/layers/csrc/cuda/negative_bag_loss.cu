@@ -6,61 +6,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "../focal.h"
 #include "box_prob.cuh"
 #include "dense.cuh"
 
 namespace freeanchor {
 namespace {
-
-constexpr int kFinishThreads = 1024;
-
-// log(1 + e) for e in [0, 1]: the polynomial of cpu/negative_bag_loss.cpp. The function of CUDA
-// takes any e and has twice as many instructions, which would bound the speed, not the memory.
-__device__ float log1p_unit(float e) {
-  float p = -3.176057010e-3f;
-  p = std::fma(p, e, 1.954252722e-2f);
-  p = std::fma(p, e, -5.637361275e-2f);
-  p = std::fma(p, e, 1.054362379e-1f);
-  p = std::fma(p, e, -1.526966707e-1f);
-  p = std::fma(p, e, 1.966327426e-1f);
-  p = std::fma(p, e, -2.495161626e-1f);
-  p = std::fma(p, e, 3.332971050e-1f);
-  p = std::fma(p, e, -4.999989265e-1f);
-  p = std::fma(p, e, 1.0f);
-  return p * e;
-}
-__device__ double log1p_unit(double e) {
-  return std::log1p(e);
-}
-
-// 1 / x for x in [1, 2], to one unit in the last place.
-__device__ float reciprocal(float x) {
-  return __fdividef(1, x);
-}
-__device__ double reciprocal(double x) {
-  return 1 / x;
-}
-
-// p = sigmoid(x), 1 - p and -log(1 - p) without cancellation.
-template <typename T>
-struct Background {
-  T p, not_p, nll;
-
-  __device__ explicit Background(T x) {
-    const T e = std::exp(-std::abs(x)), r = reciprocal(1 + e);
-    p = x >= 0 ? r : e * r;
-    not_p = x >= 0 ? e * r : r;
-    nll = (x > 0 ? x : 0) + log1p_unit(e);
-  }
-};
-
-// `square` says that gamma is 2.
-template <bool square, typename T>
-__device__ T power(T base, T gamma) {
-  return square ? base * base : std::pow(base, gamma);
-}
 
 // The sum over the threads of the block, in thread 0.
 __device__ double block_sum(double sum) {
@@ -81,17 +33,16 @@ __device__ double block_sum(double sum) {
 }
 
 // The loss and the gradient as if P{a in A+} were 0 everywhere: a block per chunk of the logits.
-template <bool square, typename scalar_t, typename T>
+template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) dense_kernel(
     const Levels<scalar_t> logits, const Levels<scalar_t> grads, T gamma, const T* grad_scale,
     double* sums) {
   const T by = *grad_scale;
   double sum = 0;
   transform_chunk(logits, grads, blockIdx.x, [&](scalar_t logit) {
-    const Background<T> b(static_cast<T>(logit));
-    const T p_gamma = power<square>(b.p, gamma);
-    sum += p_gamma * b.nll;
-    return static_cast<scalar_t>(p_gamma * std::fma(gamma * b.not_p, b.nll, b.p) * by);
+    const Term<T> term = background_term<true>(static_cast<T>(logit), gamma, gamma == 2);
+    sum += term.value;
+    return static_cast<scalar_t>(term.slope * by);
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
@@ -106,7 +57,7 @@ struct GradLevels {
 };
 
 // Puts right the sum and the gradients of the cells: a thread per prediction.
-template <bool square, typename scalar_t, typename T>
+template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) cell_kernel(
     const Batch<scalar_t, T> batch, const Levels<scalar_t> logits, const GradLevels<scalar_t> grads,
     const T* highest, const int* any, T gamma, const T* grad_scale, double* sums) {
@@ -114,18 +65,15 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(
   if (any[blockIdx.x]) {
     for_each_cell(batch, highest, logits.depth, [&](int64_t cell, T prob) {
       const scalar_t& logit = logits[cell];
-      const Background<T> b(static_cast<T>(logit));
-      const T q = b.p * (1 - prob), not_q = b.not_p + b.p * prob;
-      const T nll = q < T(0.5) ? -std::log1p(-q) : -std::log(not_q);
-      const T q_gamma = power<square>(q, gamma);
-      // The terms are rounded as that of the dense sum, so that it cancels.
-      const T wanted = q_gamma * nll, counted = power<square>(b.p, gamma) * b.nll;
-      difference += static_cast<double>(wanted) - counted;
+      const T x = static_cast<T>(logit);
+      const Term<T> term = matched_term(x, prob, gamma);
+      difference +=
+          static_cast<double>(term.value) - background_term<true>(x, gamma, gamma == 2).value;
       const int l =
           static_cast<int>(&logits.level_of(cell / logits.depth % logits.anchors) - logits.level);
       if (grads.data[l]) {
-        const T slope = q_gamma * b.not_p * (gamma * nll + q / not_q);
-        grads.data[l][&logit - logits.level[l].data] = static_cast<scalar_t>(slope * *grad_scale);
+        grads.data[l][&logit - logits.level[l].data] =
+            static_cast<scalar_t>(term.slope * *grad_scale);
       }
     });
   }
@@ -135,21 +83,7 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(
   }
 }
 
-// One block.
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const double* sums, int64_t count, const T* scale, T* loss) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) {
-    sum += sums[i];
-  }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) {
-    *loss = static_cast<T>(sum * *scale);
-  }
-}
-
-template <bool square, typename scalar_t, typename T>
+template <typename scalar_t, typename T>
 void launch(
     const Batch<scalar_t, T>& batch, const Levels<scalar_t>& logits, const Levels<scalar_t>& grads,
     T gamma, const at::Tensor& scale, const at::Tensor& grad_scale, at::Tensor& loss,
@@ -158,12 +92,12 @@ void launch(
   const int64_t dense = num_chunks(logits);
   const int64_t matching =
       batch.objects.count > 0 ? batch.deltas.images * batch.blocks_per_image() : 0;
-  const at::Tensor sums = at::empty({dense + matching}, loss.options().dtype(at::kDouble));
-  const at::Tensor any = at::empty({matching}, loss.options().dtype(at::kInt));
+  const at::Tensor sums = at::empty({dense + matching}, scale.options().dtype(at::kDouble));
+  const at::Tensor any = at::empty({matching}, scale.options().dtype(at::kInt));
   double* sum = sums.mutable_data_ptr<double>();
   const T* by = grad_scale.const_data_ptr<T>();
   if (dense > 0) {
-    dense_kernel<square><<<dense, kThreads, 0, stream>>>(logits, grads, gamma, by, sum);
+    dense_kernel<<<dense, kThreads, 0, stream>>>(logits, grads, gamma, by, sum);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (matching > 0) {
@@ -174,13 +108,11 @@ void launch(
     for (int l = 0; l < grads.count; ++l) {
       grad_levels.data[l] = grads.level[l].data;
     }
-    cell_kernel<square><<<matching, kThreads, 0, stream>>>(
+    cell_kernel<<<matching, kThreads, 0, stream>>>(
         batch, logits, grad_levels, highest, any.const_data_ptr<int>(), gamma, by, sum + dense);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  finish_kernel<<<1, kFinishThreads, 0, stream>>>(
-      sum, sums.numel(), scale.const_data_ptr<T>(), loss.mutable_data_ptr<T>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  loss = (sums.sum() * scale).to(scale.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
@@ -194,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
   const c10::cuda::CUDAGuard guard(logits[0].device());
   const at::Tensor boxes = gt_boxes.contiguous(), classes = gt_classes.contiguous(),
                    images = gt_images.contiguous();
-  at::Tensor loss = at::empty({}, scale.options());
+  at::Tensor loss;
   at::Tensor max_iou = at::zeros({boxes.size(0)}, boxes.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits[0].scalar_type(), "negative_bag_loss", [&] {
@@ -215,8 +147,7 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
         batch.scale_clamp = coding[4];
         batch.threshold = threshold;
         check_values<T>(batch.objects, anchor_levels, levels.depth, levels.images);
-        const auto run = gamma == 2 ? launch<true, scalar_t, T> : launch<false, scalar_t, T>;
-        run(batch, levels, grad_levels, gamma, scale, grad_scale, loss, max_iou);
+        launch<scalar_t, T>(batch, levels, grad_levels, gamma, scale, grad_scale, loss, max_iou);
       });
   raise_errors();
   return {loss, max_iou};
