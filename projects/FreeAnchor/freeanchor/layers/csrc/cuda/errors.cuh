@@ -45,46 +45,19 @@ inline void raise_errors() {
   TORCH_CHECK_VALUE(error != kIndex, "index", kOutOfRange, bound, ")");
 }
 
+// Levels of anchors without gaps in memory: (H, W, A, 4) where they are to be grids, else (R_l, 4).
 template <typename T>
-struct AnchorLevel {
-  const Box<T>* data;
-  int64_t first;                    // index of its first anchor among those of all levels
-  int64_t anchors, width, per_cell; // of a grid, else the last two are 0
-};
+Levels<T> view_anchors(std::vector<at::Tensor> tensors, bool grids) {
+  for (at::Tensor& x : tensors) {
+    x = (grids && x.dim() == 4 ? x : x.view({-1, 4})).unsqueeze(0);
+  }
+  return view_levels<T>("anchors", tensors);
+}
 
 template <typename T>
-struct AnchorLevels {
-  int count = 0;
-  int64_t anchors = 0;
-  AnchorLevel<T> level[kMaxLevels];
-
-  AnchorLevels(const std::vector<at::Tensor>& tensors, bool grids) {
-    TORCH_CHECK(
-        tensors.size() <= kMaxLevels, "anchors may have ", kMaxLevels, " levels, got ",
-        tensors.size());
-    for (const at::Tensor& x : tensors) {
-      const bool grid = grids && x.dim() == 4;
-      level[count++] = {
-          reinterpret_cast<const Box<T>*>(x.const_data_ptr<T>()), anchors, x.numel() / 4,
-          grid ? x.size(1) : 0, grid ? x.size(2) : 0};
-      anchors += x.numel() / 4;
-    }
-  }
-
-  // The level of an anchor j < R.
-  __device__ const AnchorLevel<T>& level_of(int64_t j) const {
-    int l = 0;
-    while (j - level[l].first >= level[l].anchors) {
-      ++l;
-    }
-    return level[l];
-  }
-
-  __device__ Box<T> operator[](int64_t j) const {
-    const AnchorLevel<T>& of_anchor = level_of(j);
-    return of_anchor.data[j - of_anchor.first];
-  }
-};
+C10_HOST_DEVICE const Box<T>* boxes_of(const Level<T>& level) {
+  return reinterpret_cast<const Box<T>*>(level.data);
+}
 
 template <typename T>
 __device__ bool in_order(T low, T high, T next_low, T next_high) {
@@ -93,17 +66,18 @@ __device__ bool in_order(T low, T high, T next_low, T next_high) {
 
 // An anchor of a grid, whose x are those of the first row and y those of the first column.
 template <typename T>
-__device__ bool fits_grid(const AnchorLevel<T>& grid, int64_t i) {
+__device__ bool fits_grid(const Level<T>& grid, int64_t i) {
+  const Box<T>* anchors = boxes_of(grid);
   const int64_t row_size = grid.width * grid.per_cell, row = i / row_size;
   const int64_t in_row = i - row * row_size, a = in_row % grid.per_cell;
-  const Box<T> box = grid.data[i], x = grid.data[in_row], y = grid.data[row * row_size + a];
+  const Box<T> box = anchors[i], x = anchors[in_row], y = anchors[row * row_size + a];
   bool valid = true;
   if (row == 0) {
-    const Box<T> left = grid.data[in_row < grid.per_cell ? in_row : in_row - grid.per_cell];
+    const Box<T> left = anchors[in_row < grid.per_cell ? in_row : in_row - grid.per_cell];
     valid &= is_valid(Box<T>{box.x1, 0, box.x2, 0}) && in_order(left.x1, left.x2, box.x1, box.x2);
   }
   if (in_row < grid.per_cell) {
-    const Box<T> above = grid.data[row == 0 ? i : i - row_size];
+    const Box<T> above = anchors[row == 0 ? i : i - row_size];
     valid &= is_valid(Box<T>{0, box.y1, 0, box.y2}) && in_order(above.y1, above.y2, box.y1, box.y2);
   }
   if (i >= grid.anchors - grid.per_cell) {
@@ -122,15 +96,16 @@ struct ObjectList {
 // A thread per object or anchor.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(
-    const ObjectList<T> objects, const AnchorLevels<T> anchors, int64_t num_classes,
-    int64_t num_images, int64_t* note) {
+    const ObjectList<T> objects, const Levels<T> anchors, int64_t num_classes, int64_t num_images,
+    int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < anchors.anchors) {
-    const AnchorLevel<T>& level = anchors.level_of(i);
-    if (level.per_cell == 0 && !is_valid(level.data[i - level.first])) {
+    const Level<T>& level = anchors.level_of(i);
+    const bool grid = level.stride[1] > 0; // else it has no rows
+    if (!grid && !is_valid(boxes_of(level)[i - level.first])) {
       report(note, kAnchors);
     }
-    if (level.per_cell > 0 && !fits_grid(level, i - level.first)) {
+    if (grid && !fits_grid(level, i - level.first)) {
       report(note, kGrid);
     }
   }
@@ -150,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(
 
 template <typename T>
 void check_values(
-    const ObjectList<T>& objects, const AnchorLevels<T>& anchors, int64_t num_classes,
+    const ObjectList<T>& objects, const Levels<T>& anchors, int64_t num_classes,
     int64_t num_images) {
   if (const int64_t items = std::max(objects.count, anchors.anchors)) {
     check_kernel<T><<<num_blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(

@@ -75,9 +75,10 @@ class Best {
 
   // Offers the anchors [begin, end). Those that do not overlap the box only if `disjoint`.
   __device__ void offer_anchors(
-      const AnchorLevels<T>& levels, int64_t begin, int64_t end, const Box<T>& box, bool disjoint) {
+      const Levels<T>& levels, int64_t begin, int64_t end, const Box<T>& box, bool disjoint) {
     offer(end - begin, [&](int64_t i, Candidate<T>& candidate) {
-      const Box<T> anchor = levels[begin + i];
+      const Level<T>& level = levels.level_of(begin + i);
+      const Box<T> anchor = boxes_of(level)[begin + i - level.first];
       candidate = {box_iou(box, anchor), centre_distance(anchor, box), begin + i};
       return candidate.iou > 0 || disjoint;
     });
@@ -141,7 +142,7 @@ __device__ Candidate<T>* block_memory(Candidate<T>* memory, unsigned char* share
 // A block per slice and object. Writes up to k candidates that overlap the object, and how many.
 template <typename T>
 __global__ void __launch_bounds__(kSearchThreads) search_kernel(
-    const AnchorLevels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
+    const Levels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
     Candidate<T>* candidates, int* counts) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int size;
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kSearchThreads) search_kernel(
 // A block per object.
 template <typename T>
 __global__ void __launch_bounds__(kSearchThreads) join_kernel(
-    const AnchorLevels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
+    const Levels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
     const Candidate<T>* candidates, const int* counts, int slices, int64_t* bags, int64_t* note) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int size;
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kSearchThreads) join_kernel(
 }
 
 template <typename T>
-void search(const AnchorLevels<T>& levels, const at::Tensor& gt_boxes, at::Tensor& bags) {
+void search(const Levels<T>& levels, const at::Tensor& gt_boxes, at::Tensor& bags) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto bytes = [&](int64_t size) {
     return at::empty({size}, gt_boxes.options().dtype(at::kByte));
@@ -231,7 +232,7 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
       {gt_boxes.size(0), std::min(k, count_anchors(tensors))}, gt_boxes.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(gt_boxes.scalar_type(), "iou_topk", [&] {
     using T = scalar_t;
-    const AnchorLevels<T> anchor_levels(tensors, /*grids=*/true);
+    const Levels<T> anchor_levels = view_anchors<T>(tensors, /*grids=*/true);
     const auto* data = reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
     check_values<T>({data, nullptr, nullptr, boxes.size(0)}, anchor_levels, 0, 0);
     if (bags.numel() > 0) {

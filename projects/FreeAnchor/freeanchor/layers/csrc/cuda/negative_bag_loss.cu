@@ -139,9 +139,9 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
         batch.objects = {
             reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()),
             classes.const_data_ptr<int64_t>(), images.const_data_ptr<int64_t>(), boxes.size(0)};
-        const AnchorLevels<T> anchor_levels(anchor_tensors, /*grids=*/false);
+        const Levels<T> anchor_levels = view_anchors<T>(anchor_tensors, /*grids=*/false);
         for (int l = 0; l < anchor_levels.count; ++l) {
-          batch.anchors[l] = anchor_levels.level[l].data;
+          batch.anchors[l] = boxes_of(anchor_levels.level[l]);
         }
         std::copy_n(coding.begin(), 4, batch.weights);
         batch.scale_clamp = coding[4];
