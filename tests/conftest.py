@@ -236,6 +236,26 @@ def register(tmp_path):
     return write
 
 
+def random_image(rng, num_classes=3):
+    """Detections near objects and elsewhere, and objects, some of them crowds."""
+
+    def boxes(n):
+        start = rng.uniform(0, 60, (n, 2))
+        return np.concatenate([start, start + rng.uniform(4, 40, (n, 2))], axis=1)
+
+    count = rng.integers(0, 7)
+    crowd = rng.random(count) < 0.2
+    truth = np.column_stack([boxes(count), rng.integers(0, num_classes, count), crowd])
+    near = truth[rng.integers(0, count, 6)] if count else truth
+    near = near + np.concatenate([rng.normal(0, 1.5, (len(near), 4)), np.zeros((len(near), 2))], 1)
+    found = np.concatenate([near, np.column_stack([boxes(4), np.zeros((4, 2))])])
+    others = rng.integers(0, num_classes, len(found))
+    found[:, 4] = np.where(rng.random(len(found)) < 0.8, found[:, 4], others)
+    found[:, 5] = rng.random(len(found)) * np.repeat([1, 0.5], [len(near), 4])
+    found[:, 2:4] = np.maximum(found[:, 2:4], found[:, :2] + 1)
+    return found[np.argsort(-found[:, 5], kind="stable")], truth
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """The folder of a run whose model detects something in noise."""

@@ -8,8 +8,9 @@ import subprocess
 import numpy as np
 import pytest
 from chromium import PATH, Chromium
-from freeanchor.visualization import VIEWER, data_element, make_page, outcomes, page, read_asset
-from test_outcomes import random_image
+from conftest import random_image
+from freeanchor.evaluation import outcomes
+from freeanchor.visualization import VIEWER, data_element, make_page, page, read_asset
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 needs_chromium = pytest.mark.skipif(PATH is None, reason="needs Chromium")

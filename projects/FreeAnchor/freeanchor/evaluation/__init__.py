@@ -1,16 +1,41 @@
-"""What the paper measures: COCO AP, also of slender and crowded objects, and NMS recall."""
+"""What the paper measures: COCO AP, also of parts, NMS recall; and what scores mean."""
 
 from .boxes import ASPECT_RATIOS, COCO_API, CROWDING, BoxEvaluator, aspect_ratios, crowding
+from .calibration import calibration, score_thresholds
 from .nms_recall import NMSRecallEvaluator
+from .outcomes import (
+    FALSE_POSITIVES,
+    Outcomes,
+    class_index,
+    confusion,
+    count_errors,
+    found_rows,
+    image_f1,
+    outcomes,
+    precision_recall,
+    truth_rows,
+)
 from .truth import read_truth
 
 __all__ = [
     "ASPECT_RATIOS",
     "COCO_API",
     "CROWDING",
+    "FALSE_POSITIVES",
     "BoxEvaluator",
     "NMSRecallEvaluator",
+    "Outcomes",
     "aspect_ratios",
+    "calibration",
+    "class_index",
+    "confusion",
+    "count_errors",
     "crowding",
+    "found_rows",
+    "image_f1",
+    "outcomes",
+    "precision_recall",
     "read_truth",
+    "score_thresholds",
+    "truth_rows",
 ]

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
+from .calibration import calibration, score_thresholds
+from .outcomes import JudgedImage, judge
 from .truth import read_truth
 
 try:  # the same figures as pycocotools, much faster
@@ -76,6 +78,9 @@ class BoxEvaluator(DatasetEvaluator):
     counts where it belongs itself: by its own aspect ratio, and by the crowding of the object that
     it overlaps most (0 if it overlaps none). What no object can tell, as the AP of a class without
     any, is NaN.
+
+    "calibration" and "threshold" are about the scores, see
+    :func:`freeanchor.evaluation.calibration` and :func:`freeanchor.evaluation.score_thresholds`.
 
     Into the output folder it writes the detections with the ids of the user's file, in COCO's
     result format, as `coco_instances_results.json`, and `precision_recall.png`.
@@ -157,9 +162,20 @@ class BoxEvaluator(DatasetEvaluator):
         ):
             results[name] = self._parts(truth, detections, img_ids, ranges, values)
             logger.info(f"By {name}:\n{create_small_table(results[name])}")
+        results |= self._scores(judge(truth, detections, img_ids))
         if evaluated is not None and self._output_dir:
             figure = draw_precision_recall(evaluated["precision"][..., 0, -1])
             figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
+        return results
+
+    def _scores(self, images: Sequence[JudgedImage]) -> dict[str, dict[str, float]]:
+        """Calibration and recommended thresholds."""
+        names = self._metadata.get("thing_classes") or ()
+        results = {"calibration": calibration(images), "threshold": score_thresholds(images, names)}
+        logger.info(f"Calibration at IoU 0.5:\n{create_small_table(results['calibration'])}")
+        width = max(map(len, results["threshold"]))
+        lines = [f"{name:<{width}}  {x:.3f}" for name, x in results["threshold"].items()]
+        logger.info("Thresholds with the highest F1:\n" + "\n".join(lines))
         return results
 
     def _write(self) -> None:

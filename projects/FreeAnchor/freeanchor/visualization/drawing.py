@@ -15,10 +15,11 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..data import read_image
+from ..evaluation import class_index
 from ..modeling import Matching
 from .labels import make_legible
 
-__all__ = ["class_index", "draw_curves", "draw_detections", "draw_matching", "to_image"]
+__all__ = ["draw_curves", "draw_detections", "draw_matching", "to_image"]
 
 _MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
 _MAX_ENLARGED = 2048  # its longer side, where that makes a strip too large
@@ -66,12 +67,6 @@ def draw_detections(
     ]
     axis = 0 if image.shape[1] > 2 * image.shape[0] else 1
     return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=axis)
-
-
-def class_index(metadata: Any, category_id: Any) -> int:
-    """The index of a class, of the id that the user's data set has for it."""
-    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
-    return int(contiguous[category_id] if contiguous else category_id)
 
 
 def _scale(height: int, width: int) -> float:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import read_image
+from ..evaluation import FALSE_POSITIVES, count_errors
 from ..modeling import Matching
-from .outcomes import FALSE_POSITIVES, count_errors
 from .page import data_element, encode_picture
 from .pictures import choose, match_images
 from .runs import Dataset, Run

@@ -12,10 +12,9 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from ..errors import FileError
-from ..evaluation import ASPECT_RATIOS, CROWDING
+from ..evaluation import ASPECT_RATIOS, CROWDING, confusion, precision_recall
 from .charts import COLORS, Line, confusion_table, line_chart, number, table
 from .gallery import gallery
-from .outcomes import confusion, precision_recall
 from .page import VIEWER, make_page, read_asset
 from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics
 

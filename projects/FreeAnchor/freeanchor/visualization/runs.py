@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ..config import merge_options, read_config
 from ..data import register_datasets, resolve_classes
 from ..errors import FileError
+from ..evaluation import found_rows, outcomes, truth_rows
 from ..paths import file_stem
-from .outcomes import found_rows, outcomes, truth_rows
 
 __all__ = [
     "MIN_IOU",

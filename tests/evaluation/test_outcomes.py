@@ -5,8 +5,9 @@ import io
 
 import numpy as np
 import pytest
+from conftest import random_image
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from freeanchor.visualization import (
+from freeanchor.evaluation import (
     confusion,
     found_rows,
     image_f1,
@@ -18,26 +19,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 CLASSES = 3
-
-
-def random_image(rng):
-    """Detections near objects and elsewhere, and objects, some of them crowds."""
-
-    def boxes(n):
-        start = rng.uniform(0, 60, (n, 2))
-        return np.concatenate([start, start + rng.uniform(4, 40, (n, 2))], axis=1)
-
-    count = rng.integers(0, 7)
-    crowd = rng.random(count) < 0.2
-    truth = np.column_stack([boxes(count), rng.integers(0, CLASSES, count), crowd])
-    near = truth[rng.integers(0, count, 6)] if count else truth
-    near = near + np.concatenate([rng.normal(0, 1.5, (len(near), 4)), np.zeros((len(near), 2))], 1)
-    found = np.concatenate([near, np.column_stack([boxes(4), np.zeros((4, 2))])])
-    others = rng.integers(0, CLASSES, len(found))
-    found[:, 4] = np.where(rng.random(len(found)) < 0.8, found[:, 4], others)
-    found[:, 5] = rng.random(len(found)) * np.repeat([1, 0.5], [len(near), 4])
-    found[:, 2:4] = np.maximum(found[:, 2:4], found[:, :2] + 1)
-    return found[np.argsort(-found[:, 5], kind="stable")], truth
 
 
 @pytest.mark.parametrize(

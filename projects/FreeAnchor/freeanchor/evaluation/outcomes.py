@@ -1,7 +1,7 @@
 """What became of each detection and each object: hits, misses, and what is wrong with the rest.
 
 Detections and objects are rows of numbers, in pixels of the image: x0, y0, x1, y1, the index of the
-class in the model, and the score or 1 for a crowd. assets/boxes.js does the same in a page.
+class in the model, and the score or 1 for a crowd. boxes.js of the viewer does the same in a page.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,16 @@ import numpy as np
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
-from .drawing import class_index
-
 __all__ = [
     "FALSE_POSITIVES",
+    "JudgedImage",
     "Outcomes",
+    "class_index",
     "confusion",
     "count_errors",
     "found_rows",
     "image_f1",
+    "judge",
     "outcomes",
     "precision_recall",
     "truth_rows",
@@ -58,6 +59,12 @@ def truth_rows(record: dict[str, Any]) -> NDArray[Any] | None:
         for a in record["annotations"]
     ]
     return np.array(rows, dtype=np.float64).reshape(-1, 6)
+
+
+def class_index(metadata: Any, category_id: Any) -> int:
+    """The index of a class, of the id that the user's data set has for it."""
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    return int(contiguous[category_id] if contiguous else category_id)
 
 
 def found_rows(detections: list[dict[str, Any]], metadata: Any) -> NDArray[Any]:
@@ -107,9 +114,8 @@ def outcomes(found: NDArray[Any], truth: NDArray[Any], min_iou: float = 0.5) -> 
     free = ~is_crowd
     kinds = []
     for i in range(len(found)):
-        fits = free & is_same[i] & (iou[i] >= min_iou)
         kind = "background"
-        if fits.any():
+        if same[i] >= min_iou and (fits := free & is_same[i] & (iou[i] >= min_iou)).any():
             kind = "hit"
             objects[i] = np.where(fits, iou[i], -1).argmax()
             free[objects[i]] = False
@@ -164,10 +170,40 @@ def image_f1(record: dict[str, Any], detections: list[dict[str, Any]], metadata:
     return count_errors(outcomes(found, truth))["f1"]
 
 
-_Image = tuple[NDArray[Any], NDArray[Any], Outcomes]  # detections, objects, and what they are
+# Detections, objects, and what they are.
+JudgedImage = tuple[NDArray[Any], NDArray[Any], Outcomes]
 
 
-def precision_recall(images: Sequence[_Image], num_classes: int) -> NDArray[Any]:
+def judge(
+    dataset: dict[str, Any], detections: list[dict[str, Any]], images: Sequence[int] | None = None
+) -> list[JudgedImage]:
+    """Judge detections in COCO's result format.
+
+    Args:
+        dataset: see :class:`freeanchor.evaluation.truth.Truth`; the id of a category is 1 + the
+            index of its class.
+        detections: with the same ids.
+        images: the ids of those that count, by default all.
+    """
+    ids = [x["id"] for x in dataset["images"]] if images is None else images
+    rows: tuple[dict[int, list[Any]], ...] = tuple({i: [] for i in ids} for _ in range(2))
+    for of_image, records, last in (
+        (rows[0], detections, "score"),
+        (rows[1], dataset["annotations"], "iscrowd"),
+    ):
+        for x in records:
+            if x["image_id"] in of_image:
+                box = BoxMode.convert(x["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+                of_image[x["image_id"]].append([*box, x["category_id"] - 1, x[last]])
+    judged = []
+    for i in ids:
+        found = sorted(rows[0][i], key=lambda row: -row[5])
+        a, b = (np.array(x, dtype=np.float64).reshape(-1, 6) for x in (found, rows[1][i]))
+        judged.append((a, b, outcomes(a, b)))
+    return judged
+
+
+def precision_recall(images: Sequence[JudgedImage], num_classes: int) -> NDArray[Any]:
     """Precision at COCO's 101 recalls, of each class, over all detections.
 
     Returns:
@@ -194,7 +230,7 @@ def precision_recall(images: Sequence[_Image], num_classes: int) -> NDArray[Any]
     return curves
 
 
-def confusion(images: Sequence[_Image], num_classes: int) -> NDArray[Any]:
+def confusion(images: Sequence[JudgedImage], num_classes: int) -> NDArray[Any]:
     """What objects were detected as.
 
     A row sums to the objects of its class: hits, those that a detection of another class would
