@@ -22,7 +22,11 @@ def _add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     _add_run_options(parser)
     parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--score-thresh", type=float, default=0.7)
+    parser.add_argument(
+        "--score-thresh",
+        type=float,
+        help="least score (default: what the evaluation recommends for each class, or else 0.5)",
+    )
     parser.add_argument(
         "--checkpoints",
         nargs="*",
@@ -54,7 +58,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     _add_run_options(parser)
     parser.add_argument("--num-images", type=int, default=50, help="on the page (default: 50)")
-    parser.add_argument("--score-thresh", type=float, default=0.5)
+    parser.add_argument(
+        "--score-thresh",
+        type=float,
+        help="where the slider begins (default: what the evaluation of the first run recommends, "
+        "or else 0.5)",
+    )
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -217,7 +226,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         help="what to write: annotated pictures and videos, detections.json, detections.csv, "
         "labels/*.txt (default: pictures)",
     )
-    parser.add_argument("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        help="least score (default: what is recommended for each class, if the model comes with "
+        "thresholds.json, or else 0.5)",
+    )
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="CLASS", help="only these, names or indices"
     )
@@ -231,7 +245,7 @@ def _predict(args: argparse.Namespace) -> None:
     from .deploy import Predictor, predict
 
     def load() -> Predictor:
-        return Predictor(
+        predictor = Predictor(
             args.model,
             args.weights,
             confidence=args.confidence,
@@ -241,6 +255,8 @@ def _predict(args: argparse.Namespace) -> None:
             aug=args.aug,
             options=args.opts,
         )
+        print(predictor.describe_thresholds())
+        return predictor
 
     unreadable = predict(load, args.sources, args.out, args.formats)
     print(f"What was found is in {args.out}")
@@ -253,7 +269,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="(default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any (default: 8000)")
     parser.add_argument(
-        "--confidence", type=float, default=0.5, help="where the slider begins (default: 0.5)"
+        "--confidence",
+        type=float,
+        help="where the slider begins (default: the recommended score, or else 0.5)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
     parser.add_argument("--max-megabytes", type=float, default=20, help="of a file (default: 20)")
@@ -283,7 +301,7 @@ def _serve(args: argparse.Namespace) -> None:
         return Predictor(
             args.model,
             args.weights,
-            confidence=min(LEAST_SCORE, args.confidence),
+            confidence=min(LEAST_SCORE, args.confidence or LEAST_SCORE),
             device=args.device,
             options=args.opts,
         )

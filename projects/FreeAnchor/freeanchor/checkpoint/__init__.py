@@ -6,20 +6,25 @@ from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
 from .files import find, read_checkpoint, read_class_names, replacing, write_checkpoint
+from .thresholds import Thresholds, copy_thresholds, read_thresholds, write_thresholds
 
 __all__ = [
     "Checkpointer",
     "Converted",
+    "Thresholds",
     "class_config",
     "convert",
     "convert_file",
+    "copy_thresholds",
     "find",
     "hand_over",
     "read_checkpoint",
     "read_class_names",
+    "read_thresholds",
     "replacing",
     "to_detectron2",
     "write_checkpoint",
+    "write_thresholds",
 ]
 
 hand_over()

@@ -15,6 +15,7 @@ from ..errors import FileError
 from .converter import Converted, is_counter
 from .files import CONFIG_KEY, find, read_checkpoint, write_checkpoint
 from .formats import CONVERTERS
+from .thresholds import copy_thresholds
 
 __all__ = ["convert", "convert_file", "to_detectron2"]
 
@@ -90,6 +91,7 @@ def convert_file(source: str, out: Path) -> None:
     weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
     config = loadable.get(CONFIG_KEY, {})
     write_checkpoint(out, weights, config)
+    copy_thresholds(Path(path).parent, out.parent, weights)
     if not config:
         logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
         return

@@ -44,6 +44,8 @@ def metadata(predictor: Predictor, nms: bool = True) -> dict[str, Any]:
         "size_divisibility": model.backbone.size_divisibility,  # padded by the file
         "inclusive_corners": cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS,
     }
+    if predictor.recommended is not None:
+        found["recommended_scores"] = predictor.recommended.classes
     if nms:
         found["score_threshold"] = model.test_score_thresh
         found["nms_threshold"] = model.test_nms_thresh
@@ -66,6 +68,11 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
     """
     if kind not in FORMATS:
         raise FreeAnchorError(f"there is no format {kind}, only {', '.join(FORMATS)}")
+    if predictor.cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise FreeAnchorError(
+            f"INPUT.FORMAT {predictor.cfg.INPUT.FORMAT}: exported files take three colours, so the "
+            "format must be BGR or RGB"
+        )
     path = Path(path)
     model = copy.deepcopy(predictor.model).float().cpu()
     fold_batch_norm(model)

@@ -14,15 +14,18 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, find, read_thresholds
 from ..config import merge_options
-from ..data import read_image
+from ..data import ImageReader, num_channels, read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
 from ..modeling import MultiScaleTest, inference_settings, optimize_inference
 from .checkpoints import class_names, find_checkpoint
 
 __all__ = ["Predictor"]
+
+_CONFIDENCE = 0.5  # where none is recommended
 
 Image = NDArray[np.uint8]
 
@@ -31,13 +34,17 @@ class Predictor:
     """A trained detector, called with images.
 
     Images are paths, or (H, W, 3) uint8 arrays in the order BGR, as OpenCV reads them and as
-    Detectron2's `DefaultPredictor` takes them, whatever the order the model was trained with.
+    Detectron2's `DefaultPredictor` takes them, whatever the order the model was trained with. A
+    model of another `INPUT.FORMAT` (L, RGBA, CMYK, ...) sees files as in its training, and arrays
+    as a file with these colours.
     Calls from several threads do not disturb each other.
 
     Attributes:
         cfg: the config of the model.
         class_names: names of the classes, in the order of `pred_classes`.
         confidence: detections have higher scores.
+        thresholds: what those of each class have, (C,).
+        recommended: the recommended thresholds that came with the weights, if any.
         model: the model, in evaluation mode.
     """
 
@@ -46,7 +53,7 @@ class Predictor:
         source: str | Path | CfgNode,
         weights: str | Path = "",
         *,
-        confidence: float = 0.5,
+        confidence: float | None = None,
         classes: Sequence[str | int] = (),
         device: str | None = None,
         batch_size: int = 1,
@@ -59,7 +66,9 @@ class Predictor:
             source: the folder of a run, a file of weights with its config beside it, a config file,
                 a name in :mod:`freeanchor.model_zoo` or a config.
             weights: what `MODEL.WEIGHTS` takes, instead of those that belong to the source.
-            confidence: detections with a score up to it are left out.
+            confidence: detections with a score up to it are left out. By default the thresholds
+                of the classes that are recommended for these weights (`thresholds.json` beside
+                them, see :mod:`freeanchor.checkpoint.thresholds`), or else 0.5; 0.5 with `aug`.
             classes: names or indices of the classes to be detected; none for all.
             device: where the model runs, by default on a GPU if there is one.
             batch_size: as many images of one size go through the model together.
@@ -70,21 +79,19 @@ class Predictor:
         Raises:
             FreeAnchorError: something that was given cannot be used.
         """
-        if not 0 <= confidence < 1:
+        if confidence is not None and not 0 <= confidence < 1:
             raise FreeAnchorError(f"confidence must be in [0, 1), got {confidence}")
         if batch_size < 1:
             raise FreeAnchorError(f"batch size must be at least 1, got {batch_size}")
         cfg = find_checkpoint(source, weights)
         merge_options(cfg, options)
         cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence
-        cfg.freeze()
         settings = inference_settings(cfg)
-        self.cfg, self.confidence, self.batch_size = cfg, confidence, batch_size
+        self.cfg, self.batch_size = cfg, batch_size
         self.class_names = class_names(cfg)
         wanted = self._indices(classes)  # before the model is built
-        if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-            raise FreeAnchorError(f"INPUT.FORMAT must be BGR or RGB, got {cfg.INPUT.FORMAT}")
+        self._reader = ImageReader.from_config(cfg)
+        num_channels(cfg.INPUT.FORMAT)  # an unknown one is an error
         name = cfg.MODEL.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY or not issubclass(
             META_ARCH_REGISTRY.get(name), RetinaNet
@@ -92,6 +99,7 @@ class Predictor:
             raise FreeAnchorError(f"MODEL.META_ARCHITECTURE {name} is no FreeAnchor or RetinaNet")
         self.model = build_model(cfg).eval()
         Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        self._set_thresholds(confidence, aug)
         if classes:
             self._detect_only(wanted)
         optimize_inference(self.model, *settings)
@@ -153,9 +161,16 @@ class Predictor:
 
     def to_input(self, pixels: Image) -> dict[str, Any]:
         """Make of (H, W, 3) uint8 BGR pixels what the model takes, resized as in a test."""
-        height, width = pixels.shape[:2]
+        if self.cfg.INPUT.FORMAT == "BGR":
+            return self._input(pixels)
         if self.cfg.INPUT.FORMAT == "RGB":
-            pixels = pixels[:, :, ::-1]
+            return self._input(pixels[:, :, ::-1])
+        picture = PILImage.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+        return self._input(self._reader.convert(picture))
+
+    def _input(self, pixels: NDArray[Any]) -> dict[str, Any]:
+        """Make of (H, W, C) pixels in the model's format what it takes."""
+        height, width = pixels.shape[:2]
         if self._run is self.model:
             pixels = self._resize.get_transform(pixels).apply_image(pixels)
         tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -167,7 +182,11 @@ class Predictor:
         for image in islice(images, self.batch_size):
             try:
                 pixels = _pixels(image, self.cfg)
-                batch.append(_Read(image, pixels, self.to_input(pixels)))
+                if self.cfg.INPUT.FORMAT in ("BGR", "RGB") or isinstance(image, np.ndarray):
+                    inputs = self.to_input(pixels)
+                else:  # with what a picture of three colours does not have
+                    inputs = self._input(read_image(str(image), self.cfg.INPUT.FORMAT, self.cfg))
+                batch.append(_Read(image, pixels, inputs))
             except FreeAnchorError as e:
                 batch.append(e)
         return batch
@@ -184,8 +203,33 @@ class Predictor:
         for group in groups.values():
             with self._lock:
                 outputs = self._run([batch[i].input for i in group])
-            found.update((i, x["instances"].to("cpu")) for i, x in zip(group, outputs, strict=True))
+            for i, output in zip(group, outputs, strict=True):
+                instances = output["instances"].to("cpu")
+                found[i] = instances[instances.scores > self.thresholds[instances.pred_classes]]
         return [found[i] for i in range(len(batch))]
+
+    def _set_thresholds(self, confidence: float | None, aug: bool) -> None:
+        folder = Path(find(self.cfg.MODEL.WEIGHTS)).parent
+        self.recommended = read_thresholds(folder, self.model.state_dict())
+        known = self.recommended
+        if confidence is not None or known is None or aug:  # several scales give other scores
+            self._reason = ""
+            of_class = [_CONFIDENCE if confidence is None else confidence] * len(self.class_names)
+        else:
+            self._reason = f" with the best F1 on {known.dataset}"
+            of_class = [known.classes.get(name, known.score) for name in self.class_names]
+        self.thresholds, self.confidence = torch.tensor(of_class), min(of_class)
+        self.model.test_score_thresh = self.confidence
+        self.cfg.MODEL.RETINANET.SCORE_THRESH_TEST = self.confidence
+        self.cfg.freeze()
+
+    def describe_thresholds(self) -> str:
+        """A line that says which scores detections have, and why."""
+        if not self._reason:
+            return f"Detections have scores above {self.confidence:g}"
+        rows = zip(self.class_names, self.thresholds.tolist())
+        scores = ", ".join(f"{name} {score:.2f}" for name, score in rows)
+        return f"Detections have scores above those{self._reason}: {scores}"
 
     def _indices(self, classes: Sequence[str | int]) -> list[int]:
         names = {name: i for i, name in enumerate(self.class_names)}

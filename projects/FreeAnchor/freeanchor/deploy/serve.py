@@ -47,13 +47,14 @@ def choose_token(host: str) -> str:
 
 
 def serve(
-    load: Callable[[], Predictor], score: float, host: str, port: int, limits: Limits
+    load: Callable[[], Predictor], score: float | None, host: str, port: int, limits: Limits
 ) -> None:
     """Serve a model until the process is interrupted.
 
     Args:
         load: makes the predictor, once the address is known to be free.
-        score: where the slider of the page begins.
+        score: where the slider of the page begins, by default the recommended threshold of all
+            classes together, or else 0.5.
         host: address or name to be bound to. Elsewhere than on this machine, requests need a
             token: that of the environment variable FREEANCHOR_TOKEN, or a random one.
         port: 0 for any that is free.
@@ -63,7 +64,7 @@ def serve(
         FreeAnchorError: the address or the model cannot be used.
     """
     token = choose_token(host)
-    if not 0 <= score <= 1:
+    if score is not None and not 0 <= score <= 1:
         raise FreeAnchorError(f"--confidence must be in 0 to 1, got {score}")
     if min(limits[:3]) < 1 or not limits.rate >= 0:
         raise FreeAnchorError("Limits must be positive: one byte, pixel and place at least")
@@ -75,7 +76,10 @@ def serve(
     except OSError as e:
         raise FreeAnchorError(f"--host {host} --port {port} cannot be used: {e}") from e
     with bound:
-        app = make_app(load(), score, limits, token)
+        predictor = load()
+        if score is None:
+            score = 0.5 if predictor.recommended is None else predictor.recommended.score
+        app = make_app(predictor, score, limits, token)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound.getsockname()[1]}/"
         print(f"The page is {address}{f'#token={token}' if token else ''}", flush=True)

@@ -1,6 +1,7 @@
 """Detectron2's trainer, on checked data, with FreeAnchor's evaluation and checkpoints."""
 
 import logging
+import math
 import os
 import weakref
 from typing import Any
@@ -15,9 +16,9 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, Thresholds, write_thresholds
 from ..data import ImageReader, Mapper, load_training_set
-from ..errors import DatasetError, FreeAnchorError, LoaderError
+from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator
 from ..modeling import FreeAnchor, MultiScaleTest
 from ..paths import file_stem
@@ -222,11 +223,17 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several."""
+        """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several.
+
+        The recommended thresholds, of the first of `DATASETS.TEST` that has objects, go into
+        `OUTPUT_DIR`.
+        """
         with inference_autocast(cfg, model):
             results: dict[str, Any] = super().test(
                 cfg, model, [build_evaluator(cfg, name, model) for name in cfg.DATASETS.TEST]
             )
+        if comm.is_main_process():
+            _keep_thresholds(cfg, model, results)
         if cfg.TEST.AUG.ENABLED:
             logger.info("Evaluating with test-time augmentation")
             with inference_autocast(cfg, model):
@@ -289,6 +296,22 @@ def _check_batch(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {size} is no multiple of {processes} processes x "
             f"SOLVER.ACCUMULATION_STEPS {parts}: change one of them"
         )
+
+
+def _keep_thresholds(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> None:
+    """Write the recommended thresholds beside the weights."""
+    several = len(cfg.DATASETS.TEST) > 1
+    for name in cfg.DATASETS.TEST:
+        found = dict((results[name] if several else results).get("threshold", {}))
+        score = found.pop("score", math.nan)
+        if math.isnan(score):
+            continue
+        classes = {key.removeprefix("score-"): value for key, value in found.items()}
+        try:
+            write_thresholds(cfg.OUTPUT_DIR, model.state_dict(), Thresholds(name, score, classes))
+        except FileError as e:
+            logger.error(f"{e}. The evaluation goes on")
+        return
 
 
 def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:

@@ -1,5 +1,6 @@
 """Pictures: of arrays and plain records, without a model or a config."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def draw_detections(
     record: dict[str, Any],
     detections: list[dict[str, Any]],
     metadata: Any,
-    score_thresh: float,
+    score_thresh: float | Sequence[float],
     cfg: CfgNode | None = None,
 ) -> NDArray[Any]:
     """Draw the ground truth of an image and, to its right, its detections; below it for a strip.
@@ -44,7 +45,7 @@ def draw_detections(
         record: the image in Detectron2's standard format.
         detections: its detections in COCO's result format.
         metadata: classes of the data set, and its `thing_dataset_id_to_contiguous_id`.
-        score_thresh: detections with a lower score are left out.
+        score_thresh: detections with a lower score are left out; one number, or one per class.
         cfg: of the run, for how images are read.
 
     Returns:
@@ -56,14 +57,15 @@ def draw_detections(
         (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
         for a in record.get("annotations", ())
     ]
+    thresholds = np.broadcast_to(score_thresh, len(metadata.thing_classes))
     found = [
         (
             BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
-            class_index(metadata, d["category_id"]),
+            label,
             f" {d['score']:.0%}",
         )
         for d in detections
-        if d["score"] >= score_thresh
+        if d["score"] >= thresholds[label := class_index(metadata, d["category_id"])]
     ]
     axis = 0 if image.shape[1] > 2 * image.shape[0] else 1
     return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=axis)

@@ -23,7 +23,7 @@ from ..errors import FileError
 from ..modeling import FreeAnchor, Matching
 from ..paths import file_stem
 from .drawing import draw_curves, draw_detections, draw_matching
-from .runs import read_detections, read_metrics
+from .runs import Run, read_detections, read_metrics, recommended_scores
 
 __all__ = ["choose", "match_images", "write_pictures"]
 
@@ -78,14 +78,14 @@ def match_images(
 
 
 def write_pictures(
-    cfg: CfgNode, num_images: int, score_thresh: float, checkpoints: Sequence[str]
+    cfg: CfgNode, num_images: int, score_thresh: float | None, checkpoints: Sequence[str]
 ) -> Path:
     """Write the pictures of the run in `cfg.OUTPUT_DIR`.
 
     Args:
         cfg: config of the run.
         num_images: images per data set of `cfg.DATASETS.TEST`, spread evenly over it.
-        score_thresh: see :func:`freeanchor.visualization.draw_detections`.
+        score_thresh: of the detections; None for what the last evaluation recommends.
         checkpoints: whose matching is drawn.
 
     Returns:
@@ -99,15 +99,20 @@ def write_pictures(
     pictures.mkdir(exist_ok=True)
     for picture in pictures.glob("*.png"):  # of another model, or other images
         picture.unlink()
-    draw_curves(read_metrics(output_dir / "metrics.json")).savefig(pictures / "curves.png", dpi=120)
+    metrics = read_metrics(output_dir / "metrics.json")
+    draw_curves(metrics).savefig(pictures / "curves.png", dpi=120)
     for name in cfg.DATASETS.TEST:
-        records = DatasetCatalog.get(name)
+        records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
         detections = read_detections(cfg, name, records)
+        thresholds: list[float] | float | None = score_thresh
+        if thresholds is None:
+            run = Run("", cfg, metrics)
+            _, thresholds = recommended_scores(run, name, metadata.thing_classes)
         chosen = choose(records, num_images)
         stems = [file_stem(f"{name}_{record['image_id']}") for record in chosen]
         for record, stem in zip(chosen, stems):
             drawn = draw_detections(
-                record, detections[record["image_id"]], MetadataCatalog.get(name), score_thresh, cfg
+                record, detections[record["image_id"]], metadata, thresholds, cfg
             )
             Image.fromarray(drawn).save(pictures / f"{stem}.png")
         if checkpoints:

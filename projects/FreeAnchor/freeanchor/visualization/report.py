@@ -12,11 +12,11 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from ..errors import FileError
-from ..evaluation import ASPECT_RATIOS, CROWDING, confusion, precision_recall
+from ..evaluation import ASPECT_RATIOS, CROWDING, FALSE_POSITIVES, confusion, precision_recall
 from .charts import COLORS, Line, confusion_table, line_chart, number, table
 from .gallery import gallery
 from .page import VIEWER, make_page, read_asset
-from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics
+from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics, recommended_scores
 
 __all__ = ["write_report"]
 
@@ -33,6 +33,8 @@ _FIGURES = (
     ("AP75", "bbox/AP75"),
     ("NMS recall", "nms_recall/NR"),
     ("AP, several scales", "bbox_TTA/AP"),
+    ("calibration error", "calibration/ECE"),
+    ("false of those above 0.5", "calibration/FP>0.5"),
 )
 _CURVE_CLASSES = 8  # as many get a line of their own
 
@@ -78,6 +80,14 @@ def _scores(runs: Sequence[Run], data: Dataset) -> list[str]:
     classes = {k: v for r in reversed(last) for k, v in r.items() if k.startswith("bbox/AP-")}
     by_ap = sorted(classes, key=lambda k: (np.isnan(classes[k]), -classes[k]))
     add("class", [(k.removeprefix("bbox/AP-"), [k]) for k in by_ap], ("AP",))
+    kinds = [(kind, [f"calibration/{kind}>0.5"]) for kind in FALSE_POSITIVES]
+    add("false, above a score of 0.5", kinds, ("%",))
+    scores = [recommended_scores(run, data.name, data.classes)[1] for run in runs]
+    if any("threshold/score" in r for r in last):
+        rows = [[x, *(f"{s[c]:.2f}" for s in scores)] for c, x in enumerate(data.classes)]
+        parts.append(
+            table(["class", *(f"score with the best F1 {x}".strip() for x in names)], rows)
+        )
     lines = [
         Line(
             f"{metric} {name}".strip(),
@@ -164,13 +174,14 @@ def _configs(runs: Sequence[Run]) -> list[str]:
     return parts
 
 
-def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float) -> Path:
+def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float | None) -> Path:
     """Write the report of a run, or of two side by side, into the folder of the first.
 
     Args:
         cfgs: config of each run, one or two; their data sets are registered.
         num_images: images on the page. With up to 50 it has at most 5 MB.
-        score_thresh: where the slider of the score begins, and the score of the confusion table.
+        score_thresh: where the slider of the score begins, and the score of the confusion table;
+            None for what the last evaluation of the first run recommends.
 
     Returns:
         The page.
@@ -212,9 +223,12 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float) 
         data = read_dataset(runs, name)
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts += _scores(runs, data)
+        score = score_thresh
+        if score is None:
+            score, _ = recommended_scores(runs[0], name, data.classes)
         if data.has_truth:
-            parts += _errors(runs, data, score_thresh)
-        parts += gallery(runs, data, count, max_bytes, score_thresh)
+            parts += _errors(runs, data, score)
+        parts += gallery(runs, data, count, max_bytes, score)
     parts += [*_training(runs), *_configs(runs)]
     styles = [read_asset("viewer.css"), read_asset("report.css")]
     scripts = [read_asset(name) for name in (*VIEWER, "report.js")]

@@ -25,9 +25,11 @@ __all__ = [
     "read_detections",
     "read_metrics",
     "read_run",
+    "recommended_scores",
 ]
 
 MIN_IOU = 0.5  # of a hit
+_SCORE = 0.5  # where none is recommended
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,18 @@ class Run(NamedTuple):
             for r in self.metrics
             if f"{prefix}bbox/AP" in r
         ]
+
+
+def recommended_scores(run: Run, dataset: str, classes: Sequence[str]) -> tuple[float, list[float]]:
+    """The thresholds of the last evaluation: of all classes together, and of each; else 0.5."""
+    last = (run.evaluated(dataset) or [{}])[-1]
+
+    def known(key: str, otherwise: float) -> float:
+        score = last.get(f"threshold/{key}", math.nan)
+        return otherwise if math.isnan(score) else score
+
+    score = known("score", _SCORE)
+    return score, [known(f"score-{name}", score) for name in classes]
 
 
 class Dataset(NamedTuple):
