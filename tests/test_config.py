@@ -8,14 +8,15 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from freeanchor import FreeAnchor
+from freeanchor import FreeAnchor, model_zoo
 from freeanchor.checkpoint import catalog
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
 from iopath.common.file_io import HTTPURLHandler
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
-MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*.yaml"))
+MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_1x.yaml"))
+ACCURACY = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_acc_test.yaml"))
 JITTER = tuple(range(640, 801, 32))
 ENHANCED = tuple(range(480, 961, 32))
 # name: depth, groups x width, iterations, training sizes
@@ -45,6 +46,21 @@ def load(path):
 def test_every_config_is_checked():
     """A config that is added is added here too."""
     assert {p.stem.removeprefix("free_anchor_") for p in COCO} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", ACCURACY, ids=lambda p: p.stem)
+def test_accuracy_config(path):
+    """It is the model of its base, with the published weights and AP, on COCO's val2017."""
+    name = path.stem.removesuffix("_inference_acc_test")
+    cfg, base = load(path), load(path.with_name(f"{name}_1x.yaml"))
+    (model,) = (x for x in model_zoo.models() if x.config == f"MMDetection/{name}_1x.yaml")
+    assert model.trained == cfg.MODEL.WEIGHTS
+    assert [["bbox", "AP", model.published_ap, 0.1]] == cfg.TEST.EXPECTED_RESULTS
+    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+    base.MODEL.WEIGHTS, base.TEST.EXPECTED_RESULTS = cfg.MODEL.WEIGHTS, cfg.TEST.EXPECTED_RESULTS
+    base.DATASETS.TEST = cfg.DATASETS.TEST
+    assert cfg == base
+    assert len(ACCURACY) == 3
 
 
 @pytest.mark.parametrize("path", [*COCO, *MMDETECTION, QUICK], ids=lambda p: p.stem)

@@ -16,6 +16,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 from freeanchor import model_zoo
+from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer, catalog, convert, read_checkpoint
 from freeanchor.errors import FileError
 
@@ -212,6 +213,22 @@ def test_configs():
         assert weights == cfg.MODEL.WEIGHTS
         assert weights.removeprefix("mmdet://") in catalog.CHECKPOINTS
         assert weights != model_zoo.get_config(f"{name}.yaml").MODEL.WEIGHTS
+
+
+def test_list(capsys):
+    """`freeanchor zoo` names every model once, with its weights and where its AP is from."""
+    main(["zoo"])
+    printed = capsys.readouterr().out
+    models = model_zoo.models()
+    configs = [model.config for model in models]
+    assert len(set(configs)) == len(configs) > 10
+    assert set(model_zoo._PUBLISHED) <= {x.removesuffix(".yaml") for x in configs}
+    for model in models:
+        assert f"{model.config}\n" in printed
+        assert model.start == model_zoo.get_config(model.config).MODEL.WEIGHTS
+        assert not model.trained or f"trained weights: {model.trained}\n" in printed
+        assert (model.published_ap is None) == (not model.source)
+    assert printed.count("in the literature (MMDetection), not run here") == 3
 
 
 def test_unknown_names():

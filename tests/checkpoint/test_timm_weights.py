@@ -2,9 +2,6 @@
 
 import importlib.metadata
 import re
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from detectron2.modeling import build_model
 from freeanchor.checkpoint import Checkpointer, find, read_checkpoint
 from freeanchor.checkpoint.timm_weights import _lite0_name
 from freeanchor.errors import FileError
+from hub import serve_hub
 from safetensors.torch import save_file
 
 timm = pytest.importorskip("timm")
@@ -99,51 +97,12 @@ def test_weights_of_the_package_in_another_model(tmp_path):
         Checkpointer(build_model(cfg), cfg).load_start(str(tmp_path / "lite0.pth"))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the Hub does for files of a repository."""
-
-    def __init__(self, files, *args):
-        self.files = files
-        super().__init__(*args)
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        content = self.files.get(self.path)
-        if content is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", '"1234"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A local Hub, as a dictionary of its files."""
-    hub = pytest.importorskip("huggingface_hub")
-    files = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, files))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(
-        hub,
-        "hf_hub_download",
-        partial(hub.hf_hub_download, endpoint=endpoint, cache_dir=tmp_path / "hub"),
-    )
-    yield files
-    server.shutdown()
-    server.server_close()
+    library = pytest.importorskip("huggingface_hub")
+    for files, _ in serve_hub(library, tmp_path / "hub", monkeypatch):
+        yield files
 
 
 def test_weights_of_the_hub(hub, tmp_path):

@@ -1,18 +1,24 @@
 """Detections in images, by a trained model."""
 
+import json
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, quick_cfg
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
 from freeanchor.checkpoint import read_checkpoint, write_checkpoint
 from freeanchor.config import read_config
-from freeanchor.deploy import Predictor
+from freeanchor.data import Mapper, num_channels
+from freeanchor.deploy import Predictor, export, metadata
 from freeanchor.errors import DatasetError, FileError, FreeAnchorError
+
+ABOVE = "Detections have scores above"
 
 
 @pytest.mark.parametrize("input_format", ["BGR", "RGB"])
@@ -208,3 +214,67 @@ def test_unreadable_files(run_folder, images, tmp_path):
 def test_no_images(predictor):
     """None in, none out."""
     assert predictor([]) == []
+
+
+def test_recommended_thresholds(train_net, run_folder, predictor, coco, tmp_path):
+    """Where some score parts objects from the rest, an evaluation finds it, and Predictor uses it.
+
+    Not with weights that were changed since, and not against the user's word.
+    """
+    name, path, folder = coco(category_ids=(1, 2, 3))
+    content = json.loads(Path(path).read_text())
+    files = [f"{folder}/{x['file_name']}" for x in content["images"]]
+    found = predictor(files)
+    scores = torch.cat([x.scores for x in found]).sort().values
+    middle = len(scores) // 2
+    cut = middle + int((scores[middle + 1 :] - scores[middle:-1])[: middle // 2].argmax())
+    threshold = float(scores[cut : cut + 2].mean())
+    objects = [x[x.scores > threshold] for x in found]
+    content["annotations"] = []
+    for image, here in zip(content["images"], objects, strict=True):
+        for box, c in zip(here.pred_boxes.tensor.tolist(), here.pred_classes.tolist()):
+            box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            ids = {"id": len(content["annotations"]) + 1, "image_id": image["id"]}
+            content["annotations"].append({**ids, "bbox": box, "category_id": c + 1})
+    Path(path).write_text(json.dumps(content))
+    output = tmp_path / "output"
+    train_net(
+        *("--eval-only", "--export-safetensors", "--dataset", name, path, folder),
+        *("DATASETS.TEST", f"('{name}',)", "MODEL.WEIGHTS", run_folder / "model_final.pth"),
+        *("OUTPUT_DIR", output, "DATALOADER.NUM_WORKERS", "0"),
+        config=run_folder / "config.yaml",
+    )
+    recommended = Predictor(output, device="cpu")
+    assert recommended.describe_thresholds().startswith(f"{ABOVE} those with the best F1 on train")
+    assert sum(map(len, objects)) > 10
+    for a, b in zip(recommended(files), objects, strict=True):
+        assert_same(a, b)
+    assert metadata(recommended)["recommended_scores"].keys() == {"class 1", "class 2", "class 3"}
+    assert Predictor(output, confidence=0.7, device="cpu").describe_thresholds() == f"{ABOVE} 0.7"
+    state = read_checkpoint(str(output / "model_final.safetensors"))
+    state["model"]["head.cls_score.bias"] += 0.01
+    write_checkpoint(output / "model_final.safetensors", state["model"], {})
+    assert Predictor(output, device="cpu").describe_thresholds() == f"{ABOVE} 0.5"
+
+
+@pytest.mark.parametrize("input_format", ["L", "RGBA", "CMYK", "YUV-BT.601"])
+def test_other_formats(images, input_format, tmp_path):
+    """The model sees of a file what it saw in training, and of an array the same colours."""
+    cfg = quick_cfg()
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = input_format, 64, 96
+    cfg.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_STD = [100.0] * num_channels(input_format)
+    model = build_model(cfg)
+    write_checkpoint(tmp_path / "model_final.pth", model.state_dict(), {})
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    predictor = Predictor(tmp_path, device="cpu")
+    seen = []
+    predictor.model.register_forward_pre_hook(lambda _, x: seen.append(x[0][0]["image"]))
+    cv2.imwrite(str(tmp_path / "image.png"), images[0])
+    record = {"file_name": str(tmp_path / "image.png"), "image_id": 1}
+    list(predictor.stream([record["file_name"], images[0]]))
+    expected = Mapper(cfg, is_train=False)(record)["image"]
+    assert expected.shape[0] == num_channels(input_format)
+    for image in seen:
+        torch.testing.assert_close(image, expected)
+    with pytest.raises(FreeAnchorError, match=r"INPUT\.FORMAT .* must be BGR or RGB"):
+        export(predictor, tmp_path / "model.onnx")

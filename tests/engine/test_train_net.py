@@ -65,6 +65,25 @@ def test_trains_resumes_and_evaluates(train_net, data_options, tmp_path):
         assert pictures == sorted(["curves.png", *expected])  # and none of the call before
 
 
+def test_verdict(train_net, data_options, run_folder, tmp_path):
+    """TEST.EXPECTED_RESULTS: the log says whether they are met, and if not the status is 1."""
+    register, names = data_options
+    options = [*names, *TINY, "MODEL.WEIGHTS", run_folder / "model_final.pth", "OUTPUT_DIR"]
+
+    def evaluate(output, expected):
+        results = ("TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {expected}, 20]]")
+        train_net("--eval-only", *register, *options, tmp_path / output, *results)
+
+    evaluate("met", expected=0)  # noise
+    assert "Results verification passed" in (tmp_path / "met" / "log.txt").read_text()
+    forget("train")
+    forget("val")
+    with pytest.raises(SystemExit) as status:
+        evaluate("missed", expected=90)
+    assert status.value.code == 1
+    assert "Result verification failed" in (tmp_path / "missed" / "log.txt").read_text()
+
+
 def forget(name):
     """A new process would not know the data set."""
     DatasetCatalog.remove(name)

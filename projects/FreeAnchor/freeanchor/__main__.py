@@ -334,6 +334,39 @@ def _export(args: argparse.Namespace) -> None:
     print(f"Wrote {args.out}")
 
 
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="OUTPUT_DIR of train_net.py, or weights with their config")
+    parser.add_argument("repository", metavar="OWNER/REPO", help="of the Hugging Face Hub")
+    parser.add_argument(
+        "--public", action="store_true", help="everybody may see it (default: a private repository)"
+    )
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .deploy import push
+
+    address = push(args.model, args.repository, args.public)
+    print(f"The model is {address}: say in its README.md under which license it may be used")
+
+
+def _add_zoo(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _zoo(args: argparse.Namespace) -> None:
+    from . import model_zoo
+
+    for model in model_zoo.models():
+        print(model.config)
+        print(f"    training starts from {model.start or 'nothing'}")
+        if model.trained:
+            print(f"    trained weights: {model.trained}")
+        if model.published_ap is not None:
+            print(
+                f"    COCO AP {model.published_ap} in the literature ({model.source}), not run here"
+            )
+
+
 _Command = tuple[
     str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
 ]
@@ -358,6 +391,8 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "check": ("look at a data set before it is trained on", _add_check, _check),
     "export": ("write a model for other runtimes", _add_export, _export),
+    "push": ("put a trained model on the Hugging Face Hub, as hf://OWNER/REPO", _add_push, _push),
+    "zoo": ("list the configs and published weights of the model zoo", _add_zoo, _zoo),
     "replay": ("run a training step that was not finite again", _add_replay, _replay),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),
     "anchors": ("propose anchors that fit a training set", _add_anchors, _anchors),

@@ -1,5 +1,7 @@
 """FreeAnchor's configs and published weights, as in `detectron2.model_zoo`."""
 
+from typing import NamedTuple
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -9,13 +11,59 @@ from .checkpoint import Checkpointer
 from .config import CONFIGS, read_config
 from .errors import FileError
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
+__all__ = ["ZooModel", "get", "get_checkpoint_url", "get_config", "get_config_file", "models"]
 
 _TRAINED = {
     "MMDetection/free_anchor_R_50_FPN_1x": "mmdet://freeanchor_r50_fpn_1x_coco",
     "MMDetection/free_anchor_R_101_FPN_1x": "mmdet://freeanchor_r101_fpn_1x_coco",
     "MMDetection/free_anchor_X_101_32x4d_FPN_1x": "mmdet://freeanchor_x101-32x4d_fpn_1x_coco",
 }
+# COCO AP on val2017 as published, not run with this code.
+_PAPER, _MMDETECTION = "the paper's repository", "MMDetection"
+_PUBLISHED = {
+    "COCO-Detection/free_anchor_R_50_FPN_1x": (38.7, _PAPER),
+    "COCO-Detection/free_anchor_R_101_FPN_1x": (40.5, _PAPER),
+    "COCO-Detection/free_anchor_R_101_FPN_j2x": (42.7, _PAPER),
+    "COCO-Detection/free_anchor_R_101_FPN_e2x": (43.2, _PAPER),
+    "COCO-Detection/free_anchor_X_101_64x4d_FPN_j2x": (44.5, _PAPER),
+    "COCO-Detection/free_anchor_X_101_64x4d_FPN_e2x": (45.6, _PAPER),
+    "MMDetection/free_anchor_R_50_FPN_1x": (38.7, _MMDETECTION),
+    "MMDetection/free_anchor_R_101_FPN_1x": (40.3, _MMDETECTION),
+    "MMDetection/free_anchor_X_101_32x4d_FPN_1x": (41.9, _MMDETECTION),
+}
+# Configs that others are made of, or that check another one.
+_NO_MODEL = ("Base-", "MultiScaleTest", "_ms.yaml", "_acc_test.yaml")
+
+
+class ZooModel(NamedTuple):
+    """What the zoo has of a model.
+
+    Attributes:
+        config: what the functions here take.
+        start: the weights that training starts from, empty for none.
+        trained: the weights that were trained with it, empty for none.
+        published_ap: COCO AP from the literature, None if there is none.
+        source: where that is from.
+    """
+
+    config: str
+    start: str
+    trained: str
+    published_ap: float | None
+    source: str
+
+
+def models() -> list[ZooModel]:
+    """Return what there is, in the order of the names."""
+    found = []
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        name = path.relative_to(CONFIGS).as_posix()
+        if not any(x in name for x in _NO_MODEL):
+            stem = name.removesuffix(".yaml")
+            ap, source = _PUBLISHED.get(stem, (None, ""))
+            start = read_config(path).MODEL.WEIGHTS
+            found.append(ZooModel(name, start, _TRAINED.get(stem, ""), ap, source))
+    return found
 
 
 def get_config_file(config_path: str) -> str:

@@ -6,6 +6,7 @@ from .graph import Detector
 from .outputs import draw_boxes
 from .predict import predict
 from .predictor import Predictor
+from .push import push
 
 __all__ = [
     "FORMATS",
@@ -17,4 +18,5 @@ __all__ = [
     "find_checkpoint",
     "metadata",
     "predict",
+    "push",
 ]

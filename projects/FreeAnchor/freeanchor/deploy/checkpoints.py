@@ -1,16 +1,19 @@
-"""What a checkpoint is found by: the folder of a run, a file, a config or a name of the zoo."""
+"""What a checkpoint is found by: a run, a file, a config, a name of the zoo or of the Hub."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from .. import model_zoo
+from ..checkpoint import find
 from ..config import CONFIGS, read_config
 from ..errors import FileError
 
 __all__ = ["class_names", "find_checkpoint"]
 
+_HUB = "hf://"
 _WEIGHTS = (".pth", ".safetensors")
 _FINAL = tuple(f"model_final{suffix}" for suffix in _WEIGHTS)
 
@@ -24,6 +27,8 @@ def find_checkpoint(source: str | Path | CfgNode, weights: str | Path = "") -> C
             - the folder of a run, `OUTPUT_DIR` of `train_net.py`;
             - a file of weights, with its config beside it: of the same name, as `freeanchor
               convert` writes it, or the `config.yaml` of the run;
+            - `hf://OWNER/REPO`, as `freeanchor push` fills it, or `hf://OWNER/REPO/FILE` with the
+              weights in another file;
             - a config file, or a name in :mod:`freeanchor.model_zoo`;
             - a config.
         weights: what `MODEL.WEIGHTS` takes, instead of those that belong to the source.
@@ -34,7 +39,12 @@ def find_checkpoint(source: str | Path | CfgNode, weights: str | Path = "") -> C
     Raises:
         FileError: there is no such thing, or it has no config or no weights.
     """
-    cfg = source.clone() if isinstance(source, CfgNode) else _read(Path(source))
+    if isinstance(source, CfgNode):
+        cfg = source.clone()
+    elif str(source).startswith(_HUB):
+        cfg = _read_from_hub(str(source))
+    else:
+        cfg = _read(Path(source))
     cfg.defrost()
     if weights:
         cfg.MODEL.WEIGHTS = str(weights)
@@ -43,6 +53,15 @@ def find_checkpoint(source: str | Path | CfgNode, weights: str | Path = "") -> C
             f"{'The config' if isinstance(source, CfgNode) else source} names no "
             "weights: give them too"
         )
+    return cfg
+
+
+def _read_from_hub(source: str) -> CfgNode:
+    repository = _HUB + "/".join(source.removeprefix(_HUB).split("/")[:2])
+    cfg = read_config(find(f"{repository}/config.yaml"))
+    cfg.MODEL.WEIGHTS = source
+    with suppress(FileError):  # a repository need not have them
+        find(f"{repository}/thresholds.json")
     return cfg
 
 

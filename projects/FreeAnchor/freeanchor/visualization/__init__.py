@@ -4,10 +4,11 @@ from .drawing import draw_curves, draw_detections, draw_matching, to_image
 from .page import VIEWER, data_element, make_page, read_asset
 from .pictures import match_images, write_pictures
 from .report import write_report
-from .runs import read_detections, read_metrics, read_run
+from .runs import Run, read_detections, read_metrics, read_run
 
 __all__ = [
     "VIEWER",
+    "Run",
     "data_element",
     "draw_curves",
     "draw_detections",
