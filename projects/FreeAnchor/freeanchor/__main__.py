@@ -349,6 +349,43 @@ def _push(args: argparse.Namespace) -> None:
     print(f"The model is {address}: say in its README.md under which license it may be used")
 
 
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a config file, or its name in the model zoo")
+    parser.add_argument("--images", type=int, help="of a training step (default: the config's)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images (default: the config's for training)",
+    )
+    parser.add_argument("--objects", type=int, default=7, help="in an image (default: 7)")
+    parser.add_argument("--runs", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
+    add_options_argument(parser, "the config")
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    import torch
+
+    from .config import merge_options, read_config
+    from .engine import benchmark, default_setting, to_markdown
+    from .model_zoo import get_config_file
+
+    path = args.config if Path(args.config).is_file() else get_config_file(args.config)
+    cfg = read_config(path)
+    merge_options(cfg, args.opts)
+    cfg.MODEL.DEVICE = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    setting = default_setting(cfg)
+    setting = setting._replace(
+        images=setting.images if args.images is None else args.images,
+        size=tuple(args.size or setting.size),
+        objects=args.objects,
+        runs=args.runs,
+    )
+    print(to_markdown(cfg, setting, benchmark(cfg, setting)))
+
+
 def _add_zoo(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -356,15 +393,7 @@ def _add_zoo(parser: argparse.ArgumentParser) -> None:
 def _zoo(args: argparse.Namespace) -> None:
     from . import model_zoo
 
-    for model in model_zoo.models():
-        print(model.config)
-        print(f"    training starts from {model.start or 'nothing'}")
-        if model.trained:
-            print(f"    trained weights: {model.trained}")
-        if model.published_ap is not None:
-            print(
-                f"    COCO AP {model.published_ap} in the literature ({model.source}), not run here"
-            )
+    print("\n".join(map(str, model_zoo.models())))
 
 
 _Command = tuple[
@@ -392,6 +421,11 @@ _COMMANDS: dict[str, _Command] = {
     "check": ("look at a data set before it is trained on", _add_check, _check),
     "export": ("write a model for other runtimes", _add_export, _export),
     "push": ("put a trained model on the Hugging Face Hub, as hf://OWNER/REPO", _add_push, _push),
+    "benchmark": (
+        "speed and memory of a config on this machine, beside Detectron2's RetinaNet",
+        _add_benchmark,
+        _benchmark,
+    ),
     "zoo": ("list the configs and published weights of the model zoo", _add_zoo, _zoo),
     "replay": ("run a training step that was not finite again", _add_replay, _replay),
     "shapes": ("draw the embedded data set", _add_shapes, _shapes),

@@ -52,6 +52,16 @@ class ZooModel(NamedTuple):
     published_ap: float | None
     source: str
 
+    def __str__(self) -> str:
+        lines = [self.config, f"    training starts from {self.start or 'nothing'}"]
+        if self.trained:
+            lines.append(f"    trained weights: {self.trained}")
+        if self.published_ap is not None:
+            lines.append(
+                f"    COCO AP {self.published_ap} in the literature ({self.source}), not run here"
+            )
+        return "\n".join(lines)
+
 
 def models() -> list[ZooModel]:
     """Return what there is, in the order of the names."""

@@ -173,7 +173,7 @@ class Predictor:
         height, width = pixels.shape[:2]
         if self._run is self.model:
             pixels = self._resize.get_transform(pixels).apply_image(pixels)
-        tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        tensor = torch.as_tensor(np.require(pixels.transpose(2, 0, 1), requirements=("C", "W")))
         return {"image": tensor, "height": height, "width": width}
 
     def _read_batch(self, images: Iterator[str | Path | Image]) -> list["_Read | FreeAnchorError"]:

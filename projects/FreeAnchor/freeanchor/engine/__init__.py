@@ -1,5 +1,6 @@
 """What `train_net.py` runs, and a training script of your own can: checks, trainer, launching."""
 
+from .benchmark import Figures, Setting, benchmark, default_setting, to_markdown
 from .defaults import argument_parser, build_config, check, setup
 from .hooks import MatchingPictures
 from .launch import launch
@@ -8,14 +9,19 @@ from .replay import replay
 from .trainer import Trainer, build_evaluator
 
 __all__ = [
+    "Figures",
     "MatchingPictures",
+    "Setting",
     "TrainLoader",
     "Trainer",
     "argument_parser",
+    "benchmark",
     "build_config",
     "build_evaluator",
     "check",
+    "default_setting",
     "launch",
     "replay",
     "setup",
+    "to_markdown",
 ]
