@@ -20,6 +20,10 @@ def test_detections_beside_ground_truth(dataset, monkeypatch):
     found = [{"bbox": [5, 5, 40, 30], "score": 0.8, "category_id": 9}]
     with_box = drawing.draw_detections(record, found, metadata, score_thresh=0.5)
     without = drawing.draw_detections(record, found, metadata, score_thresh=0.9)
+    of_class = drawing.draw_detections(record, found, metadata, score_thresh=[0.9, 0.5])
+    assert np.array_equal(of_class, with_box)
+    of_class = drawing.draw_detections(record, found, metadata, score_thresh=[0.5, 0.9])
+    assert np.array_equal(of_class, without)
     height = drawing._MIN_SIZE
     width = record["width"] * height // record["height"]
     assert with_box.shape == without.shape == (height, 2 * width, 3)

@@ -120,6 +120,23 @@ def test_page(run):
     assert image["found"] == [[[9, 6, 39, 26, 1, 0.9]]]
 
 
+def test_recommended_scores(run):
+    """Calibration, thresholds and kinds of errors are shown; the slider begins where they say."""
+    cfg, _, output = run
+    (viewer,) = Page(write_report([cfg], num_images=1, score_thresh=None)).viewers
+    assert viewer["score"] == 0.5
+    scores = {"threshold/score": 0.81, "threshold/score-class 1": 0.33}
+    scores |= {"calibration/ECE": 17.3, "calibration/duplicate>0.5": 1.4}
+    with (output / "metrics.json").open("a") as f:
+        f.write(json.dumps({"iteration": 40, **scores}) + "\n")
+    page = Page(write_report([cfg], num_images=1, score_thresh=None))
+    assert page.viewers[0]["score"] == 0.81
+    assert "score with the best F1 class 1 0.33 class 2 0.81 class 3 0.81" in page.text
+    assert "calibration error 17.3" in page.text
+    assert "duplicate 1.4" in page.text
+    assert Page(write_report([cfg], 1, score_thresh=0.2)).viewers[0]["score"] == 0.2
+
+
 def test_bags_of_the_objects(run):
     """Of the model, by the number of the object, in pixels of the image."""
     cfg, _, _ = run

@@ -53,6 +53,7 @@ class ZooModel(NamedTuple):
     source: str
 
     def __str__(self) -> str:
+        """Some lines to be printed."""
         lines = [self.config, f"    training starts from {self.start or 'nothing'}"]
         if self.trained:
             lines.append(f"    trained weights: {self.trained}")
