@@ -21,6 +21,7 @@ FLOORS = (
     ("data", "model_zoo"),
     ("visualization",),
     ("engine", "deploy"),
+    ("model_commands",),
     ("__main__", "__init__"),
 )
 ROOMS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())

@@ -66,3 +66,12 @@ def test_damaged(tmp_path, content):
     (tmp_path / "thresholds.json").write_text(json.dumps(bad))
     with pytest.raises(FileError, match="from 0 to 1"):
         read_thresholds(tmp_path, weights(1.0))
+
+
+def test_conversion_of_an_average(tmp_path):
+    """What is evaluated and loaded of a run with SOLVER.EMA_DECAY is what is converted."""
+    average = {f"module.{k}": v for k, v in weights(3.0).items()}
+    content = {"model": weights(1.0), "ema": {**average, "n_averaged": torch.tensor(5)}}
+    torch.save(content, tmp_path / "model.pth")
+    convert_file(str(tmp_path / "model.pth"), tmp_path / "out.pth")
+    assert read_checkpoint(str(tmp_path / "out.pth"))["model"]["b.bias"] == 3

@@ -1,12 +1,17 @@
 """What the commands and `train_net.py` share. It imports nothing heavy, for a quick --help."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .errors import FreeAnchorError
 
-__all__ = ["add_dataset_argument", "add_options_argument", "one_sentence"]
+__all__ = ["Command", "add_dataset_argument", "add_options_argument", "one_sentence"]
+
+# What it is for, what adds its arguments, and what runs it.
+Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
+]
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

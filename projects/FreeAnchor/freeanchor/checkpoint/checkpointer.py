@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import FileError, shorten
-from .convert import to_detectron2
+from .convert import take_average, to_detectron2
 from .files import (
     CLASS_NAMES,
     CONFIG_KEY,
@@ -201,11 +201,8 @@ class Checkpointer(DetectionCheckpointer):
         config = checkpoint.pop(CONFIG_KEY, {})
         self._check_classes(config.pop(CLASS_NAMES, []))
         self._check_config(config)
-        if self._is_result and "ema" in checkpoint:
-            self.logger.info(f"Taking the average of the weights (SOLVER.EMA_DECAY) in {filename}")
-            average = checkpoint.pop("ema")
-            average.pop("n_averaged")
-            checkpoint["model"] = {k.removeprefix("module."): v for k, v in average.items()}
+        if self._is_result:
+            take_average(checkpoint, filename)
         return checkpoint
 
     def _check_classes(self, names: list[str]) -> None:

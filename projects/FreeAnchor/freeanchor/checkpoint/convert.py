@@ -17,7 +17,7 @@ from .files import CONFIG_KEY, find, read_checkpoint, write_checkpoint
 from .formats import CONVERTERS
 from .thresholds import copy_thresholds
 
-__all__ = ["convert", "convert_file", "to_detectron2"]
+__all__ = ["convert", "convert_file", "take_average", "to_detectron2"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,20 @@ def to_detectron2(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     weights = checkpoint.get("blobs", checkpoint)
     weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def take_average(checkpoint: dict[str, Any], source: str) -> None:
+    """Put the average of the weights (`SOLVER.EMA_DECAY`) in their place, if there is one.
+
+    Args:
+        checkpoint: see :func:`to_detectron2`; changed.
+        source: the name of the file.
+    """
+    if "ema" in checkpoint:
+        logger.info(f"Taking the average of the weights (SOLVER.EMA_DECAY) in {source}")
+        average = checkpoint.pop("ema")
+        average.pop("n_averaged")
+        checkpoint["model"] = {k.removeprefix("module."): v for k, v in average.items()}
 
 
 def convert(checkpoint: dict[str, Any], source: str) -> Converted | None:
@@ -88,6 +102,7 @@ def convert_file(source: str, out: Path) -> None:
     loadable = to_detectron2(checkpoint, path)
     if loadable.get("matching_heuristics"):
         raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
+    take_average(loadable, path)
     weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
     config = loadable.get(CONFIG_KEY, {})
     write_checkpoint(out, weights, config)
