@@ -62,7 +62,7 @@ def quick_cfg(name="quick/free_anchor_R_18_FPN.yaml"):
     freeanchor.add_freeanchor_config(cfg)
     cfg.merge_from_file(str(REPOSITORY / "configs" / name))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     return cfg
 
 

@@ -6,15 +6,18 @@ from conftest import QUICK, REPOSITORY
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from freeanchor import FreeAnchor, model_zoo
 from freeanchor.checkpoint import catalog
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
+from freeanchor.modeling import FreeAnchorRPN
 from iopath.common.file_io import HTTPURLHandler
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
+TWO_STAGE = sorted((REPOSITORY / "configs").glob("*/*rcnn_free_anchor*.yaml"))
 MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_1x.yaml"))
 ACCURACY = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_acc_test.yaml"))
 JITTER = tuple(range(640, 801, 32))
@@ -71,6 +74,24 @@ def test_config_builds_a_model(path):
     assert isinstance(model, FreeAnchor)
     assert model.anchor_generator.num_cell_anchors == [9] * 5
     assert model.anchor_matcher is None
+
+
+@pytest.mark.parametrize("path", TWO_STAGE, ids=lambda p: p.stem)
+def test_config_builds_two_stages(path):
+    """FreeAnchor proposes on P3 to P7, and Detectron2's own ROI heads have what the name says."""
+    cfg = load(path)
+    model = build_model(cfg)
+    assert type(model) is GeneralizedRCNN
+    assert isinstance(model.proposal_generator, FreeAnchorRPN)
+    stage = model.proposal_generator.detector
+    assert stage.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
+    assert stage.anchor_generator.num_cell_anchors == [9] * 5
+    assert stage.head.cls_score.out_channels == 9
+    heads = model.roi_heads
+    assert heads.box_in_features == ["p2", "p3", "p4", "p5"]
+    assert heads.mask_on == ("mask" in path.stem)
+    assert isinstance(heads, CascadeROIHeads) == ("cascade" in path.stem)
+    assert f"R_{cfg.MODEL.RESNETS.DEPTH}_FPN" in path.stem
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)

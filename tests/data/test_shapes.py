@@ -8,6 +8,7 @@ import pytest
 from freeanchor.__main__ import main
 from freeanchor.data import shapes
 from PIL import Image
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 
@@ -79,3 +80,16 @@ def test_command(folder, tmp_path, capsys):
     main(["shapes", str(tmp_path), "--num-train", "2", "--num-val", "1", "--seed", "3"])
     assert str(tmp_path) in capsys.readouterr().out
     assert len(json.loads((tmp_path / "train.json").read_text())["images"]) == 2
+
+
+def test_masks(folder, tmp_path):
+    """Those of the whole objects, exactly: their boxes and areas. Nothing else changes."""
+    main(["shapes", str(tmp_path), "--num-train", "12", "--num-val", "5", "--seed", "3", "--masks"])
+    assert digest(tmp_path / "images") == digest(folder / "images")
+    for split in ("train", "val"):
+        with_masks = json.loads((tmp_path / f"{split}.json").read_text())
+        for annotation in with_masks["annotations"]:
+            mask = annotation.pop("segmentation")
+            assert mask_api.toBbox(mask).tolist() == annotation["bbox"]
+            assert mask_api.area(mask) == annotation["area"]
+        assert with_masks == json.loads((folder / f"{split}.json").read_text())

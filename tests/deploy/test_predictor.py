@@ -183,8 +183,8 @@ def test_wrong_sources(run_folder, tmp_path):
         Predictor(tmp_path / "a.pth")
     with pytest.raises(FileError, match="names no weights"):
         Predictor(run_folder / "config.yaml")
-    with pytest.raises(FreeAnchorError, match="GeneralizedRCNN is no FreeAnchor"):
-        Predictor(run_folder, options=["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
+    with pytest.raises(FreeAnchorError, match="ProposalNetwork is no FreeAnchor"):
+        Predictor(run_folder, options=["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
     with pytest.raises(FreeAnchorError, match="confidence"):
         Predictor(run_folder, confidence=1.5)
 

@@ -156,12 +156,13 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-train", type=int, default=400)
     parser.add_argument("--num-val", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--masks", action="store_true", help="with the masks of the objects")
 
 
 def _shapes(args: argparse.Namespace) -> None:
     from .data import write_shapes
 
-    write_shapes(args.out_dir, args.num_train, args.num_val, args.seed)
+    write_shapes(args.out_dir, args.num_train, args.num_val, args.seed, args.masks)
     print(f"Wrote {args.num_train} training and {args.num_val} val images to {args.out_dir}")
 
 

@@ -16,7 +16,15 @@ from detectron2.utils.file_io import PathManager
 
 from .errors import FileError, FreeAnchorError
 
-__all__ = ["CONFIGS", "add_freeanchor_config", "merge_config", "merge_options", "read_config"]
+__all__ = [
+    "CONFIGS",
+    "add_freeanchor_config",
+    "is_two_stage",
+    "merge_config",
+    "merge_options",
+    "read_config",
+    "scored_part",
+]
 
 _UNSAFE = "FREEANCHOR_UNSAFE_LOAD"
 OPT_IN = f"If you trust where it comes from, set the environment variable {_UNSAFE}=1"
@@ -112,8 +120,24 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.TEST.AMP = CfgNode({"ENABLED": False})
     # Also evaluate NMS recall (paper, section 4.2).
     cfg.TEST.NMS_RECALL = False
+    # Also evaluate the proposals of a two-stage model: which objects they find at all.
+    cfg.TEST.PROPOSAL_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.
     cfg.TEST.AUG.MAX_SIZE_RATIO = 0.0
+
+
+def is_two_stage(cfg: CfgNode) -> bool:
+    """Whether the model of a config has a first stage for proposals and ROI heads."""
+    return bool(cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN")
+
+
+def scored_part(cfg: CfgNode) -> tuple[str, CfgNode]:
+    """The part of a model that tells classes: its node in the config, and what that is called.
+
+    It has the keys NUM_CLASSES and SCORE_THRESH_TEST.
+    """
+    name = "ROI_HEADS" if is_two_stage(cfg) else "RETINANET"
+    return f"MODEL.{name}", cfg.MODEL[name]
 
 
 def is_unsafe_allowed() -> bool:

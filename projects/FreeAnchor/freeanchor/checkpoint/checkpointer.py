@@ -29,8 +29,16 @@ from .timm_weights import from_timm
 
 __all__ = ["Checkpointer", "class_config"]
 
-_CLASS_PREDICTOR = "head.cls_score."
-_PREDICTORS = (_CLASS_PREDICTOR, "head.bbox_pred.")
+# What differs with the classes, and with the anchors: of one-stage models, and of two stages.
+_CLASS_PREDICTOR = re.compile(
+    r"^head\.cls_score\."
+    r"|^roi_heads\.(?:box_predictor\.(?:\d\.)?(?:cls_score|bbox_pred)|mask_head\.predictor)\."
+)
+_PREDICTOR = re.compile(
+    rf"{_CLASS_PREDICTOR.pattern}|^head\.bbox_pred\."
+    r"|^proposal_generator\.(?:detector\.head\.(?:cls_score|bbox_pred)"
+    r"|rpn_head\.(?:objectness_logits|anchor_deltas))\."
+)
 # Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
 # in the weight and bias instead.
 _COUNTER = ".num_batches_tracked"
@@ -272,7 +280,7 @@ class Checkpointer(DetectionCheckpointer):
                         f'MODEL.{name.upper()} "{[round(x, 4) for x in theirs.tolist()]}"'
                     )
         if self._has_other_classes:
-            for name in [k for k in checkpoint["model"] if k.startswith(_CLASS_PREDICTOR)]:
+            for name in [k for k in checkpoint["model"] if _CLASS_PREDICTOR.match(k)]:
                 del checkpoint["model"][name]
         return super()._load_model(checkpoint)
 
@@ -289,7 +297,7 @@ class Checkpointer(DetectionCheckpointer):
             fitting = {
                 k
                 for k, old, new in incompatible.incorrect_shapes
-                if k.startswith(_PREDICTORS) or _is_first_convolution(old, new, channels)
+                if _PREDICTOR.match(k) or _is_first_convolution(old, new, channels)
             }
             backbone = _start_of(names, missing)
             lacking = [k for k in backbone if k in missing]

@@ -10,6 +10,7 @@ from .datasets import check_images, load_training_set, report_findings
 from .images import ImageReader, num_channels, read_image
 from .importing import import_voc, import_yolo
 from .mapper import Mapper
+from .masks import decode_mask
 from .readings import READINGS, import_boxes
 from .shapes import write_shapes
 
@@ -22,6 +23,7 @@ __all__ = [
     "best_anchor_iou",
     "check_dataset",
     "check_images",
+    "decode_mask",
     "import_boxes",
     "import_voc",
     "import_yolo",

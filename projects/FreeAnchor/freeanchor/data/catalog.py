@@ -39,6 +39,7 @@ class Dataset:
         self._file: tuple[Any, CocoFile] | None = None
         self._classes: dict[str, Any] | None = None
         self._model_classes: dict[str, int] = {}
+        self._has_masks = False
         self._is_reported = False
 
     @property
@@ -46,13 +47,19 @@ class Dataset:
         """What Detectron2's catalogue knows of it."""
         return MetadataCatalog.get(self.name)
 
+    def use_masks(self, wanted: bool) -> None:
+        """Have the records the masks of objects, or boxes alone, which is how it begins."""
+        if wanted != self._has_masks:
+            self._has_masks, self._file = wanted, None
+
     def _read(self) -> CocoFile:
         """The annotation file, read once and again when it has changed."""
         path = self.metadata.json_file
         status = os.stat(path) if os.path.exists(path) else None
         stamp = status and (status.st_mtime_ns, status.st_size)
         if self._file is None or self._file[0] != stamp:
-            self._file = stamp, read_coco(path, self.metadata.image_root)
+            file = read_coco(path, self.metadata.image_root, masks=self._has_masks)
+            self._file = stamp, file
         return self._file[1]
 
     def _load(self) -> list[dict[str, Any]]:
@@ -62,7 +69,9 @@ class Dataset:
             source = list(self._source())
         except (AssertionError, KeyError, TypeError, ValueError, OSError) as e:
             raise DatasetError(f"{file_of(self.name)} cannot be loaded: {e!r}") from e
-        records, self.findings = check_records(source, self.name, len(self.classes()))
+        records, self.findings = check_records(
+            source, self.name, len(self.classes()), self._has_masks
+        )
         return records
 
     def classes(self) -> dict[str, Any]:
@@ -151,11 +160,12 @@ def file_of(name: str) -> str:
     return str(MetadataCatalog.get(name).get("json_file", name))
 
 
-def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
+def register_datasets(datasets: Sequence[Sequence[str]], masks: bool = False) -> None:
     """Register data sets in COCO format with Detectron2. Doing so twice is fine.
 
     Args:
         datasets: (name, annotation file, image directory) triples.
+        masks: whether to read masks, as :func:`freeanchor.data.resolve_classes` says in the end.
 
     Raises:
         DatasetError: a name is taken, the file or directory is missing, or the file cannot be used,
@@ -170,6 +180,7 @@ def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
         if not PathManager.isdir(image_root):
             raise DatasetError(f"--dataset {name}: there is no image directory {image_root}")
         dataset = Dataset(name, None)
+        dataset.use_masks(masks)
         MetadataCatalog.get(name).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )

@@ -47,7 +47,7 @@ def check_dataset(
         DatasetError: the annotation file cannot be used at all.
     """
     reader = ImageReader.from_config(cfg)
-    file = read_coco(annotations, images, reader)
+    file = read_coco(annotations, images, reader, cfg.MODEL.MASK_ON)
     states = _look_at_images(file, reader)
     problem = sum_up(states, reader)
     crowd = file.crowd

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
+from ..config import scored_part
 from ..errors import DatasetError, shorten
 from .catalog import Dataset, file_of, take_over
 from .findings import show
 
 __all__ = ["NUM_CLASSES_FROM_DATA", "resolve_classes"]
 
-# The value of MODEL.RETINANET.NUM_CLASSES that stands for "as many as the data set has".
+# The value of NUM_CLASSES that stands for "as many as the data set has".
 NUM_CLASSES_FROM_DATA = 0
 
 
@@ -22,7 +23,8 @@ def resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     ids, or only some of them.
 
     Args:
-        cfg: its `MODEL.FREEANCHOR.CLASS_NAMES` and `MODEL.RETINANET.NUM_CLASSES` are set.
+        cfg: its `MODEL.FREEANCHOR.CLASS_NAMES` and `MODEL.RETINANET.NUM_CLASSES`, of a two-stage
+            model `MODEL.ROI_HEADS.NUM_CLASSES`, are set.
         names: the data sets to be used, training first.
 
     Raises:
@@ -32,42 +34,43 @@ def resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     if not names:
         raise DatasetError("there is no data set: name one in DATASETS.TRAIN or DATASETS.TEST")
     datasets = [take_over(name) for name in names]
-    _check_boxes_are_enough(cfg, datasets)
+    _choose_masks(cfg, datasets)
     model = [str(x) for x in cfg.MODEL.FREEANCHOR.CLASS_NAMES]
-    number = cfg.MODEL.RETINANET.NUM_CLASSES
+    part, node = scored_part(cfg)
+    key, number = f"{part}.NUM_CLASSES", node.NUM_CLASSES
     whose = "the model (MODEL.FREEANCHOR.CLASS_NAMES)" if model else names[0]
     if model:
         if len(set(model)) < len(model) or number not in (NUM_CLASSES_FROM_DATA, len(model)):
             raise DatasetError(
                 f"MODEL.FREEANCHOR.CLASS_NAMES must be {number} different names, as "
-                f"MODEL.RETINANET.NUM_CLASSES says, and is {show(model)}"
+                f"{key} says, and is {show(model)}"
             )
     else:
         model = list(datasets[0].classes())
         if number not in (NUM_CLASSES_FROM_DATA, len(model)):
             raise DatasetError(
-                f"MODEL.RETINANET.NUM_CLASSES is {number}, but {names[0]} has {len(model)} "
+                f"{key} is {number}, but {names[0]} has {len(model)} "
                 "classes: leave the key out to take the number from the data"
             )
     for dataset in datasets:
-        _check_match(dataset, model, whose)
+        _check_match(dataset, model, whose, key)
         dataset.match(model)
     cfg.MODEL.FREEANCHOR.CLASS_NAMES = model
-    cfg.MODEL.RETINANET.NUM_CLASSES = len(model)
+    node.NUM_CLASSES = len(model)
 
 
-def _check_boxes_are_enough(cfg: CfgNode, datasets: Sequence[Dataset]) -> None:
-    for key in ("MASK_ON", "KEYPOINT_ON"):
-        if cfg.MODEL[key]:
-            names = [x.name for x in datasets if x.is_coco]
-            if names:
-                raise DatasetError(
-                    f"MODEL.{key}: only the boxes of {shorten(names)} are read; use Detectron2's "
-                    "own tools for masks and keypoints"
-                )
+def _choose_masks(cfg: CfgNode, datasets: Sequence[Dataset]) -> None:
+    names = [x.name for x in datasets if x.is_coco]
+    if cfg.MODEL.KEYPOINT_ON and names:
+        raise DatasetError(
+            f"MODEL.KEYPOINT_ON: only boxes and masks of {shorten(names)} are read; use "
+            "Detectron2's own tools for keypoints"
+        )
+    for dataset in datasets:
+        dataset.use_masks(cfg.MODEL.MASK_ON)
 
 
-def _check_match(dataset: Dataset, model: Sequence[str], whose: str) -> None:
+def _check_match(dataset: Dataset, model: Sequence[str], whose: str, key: str) -> None:
     own = list(dataset.classes())
     surplus, missing = [x for x in own if x not in model], [x for x in model if x not in own]
     if surplus:
@@ -87,7 +90,7 @@ def _check_match(dataset: Dataset, model: Sequence[str], whose: str) -> None:
             + (f"it lacks {_list(missing)}; " if missing else "")
             + ("write them alike, also in case, " if alike else "")
             + "correct its `categories`, or train a model for it "
-            '(MODEL.FREEANCHOR.CLASS_NAMES "[]" MODEL.RETINANET.NUM_CLASSES 0 takes its classes)'
+            f'(MODEL.FREEANCHOR.CLASS_NAMES "[]" {key} 0 takes its classes)'
         )
     if missing:
         dataset.notes.append(

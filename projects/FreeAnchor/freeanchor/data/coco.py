@@ -20,6 +20,7 @@ from .fields import MISSING, UNKNOWN, read_boxes, read_flags, read_ids, read_num
 from .findings import BOX_PROBLEMS, Findings, box_problems, check_plausible, show
 from .folder import ImageFolder
 from .images import ImageReader
+from .masks import MaskColumn
 
 __all__ = ["read_coco"]
 
@@ -31,13 +32,16 @@ _LARGE = 50e6  # bytes of a file whose reading takes long enough to be announced
 _WITH_DUPLICATES = "minival"
 
 
-def read_coco(path: str, image_root: str, reader: ImageReader | None = None) -> CocoFile:
+def read_coco(
+    path: str, image_root: str, reader: ImageReader | None = None, masks: bool = False
+) -> CocoFile:
     """Read a COCO annotation file.
 
     Args:
         path: the file.
         image_root: the folder of its images.
         reader: reads the size of images that the file has no size for.
+        masks: whether to read the `segmentation` of the objects, which then need one.
 
     Raises:
         DatasetError: the file is no COCO file, or something in it cannot be what is meant.
@@ -51,7 +55,7 @@ def read_coco(path: str, image_root: str, reader: ImageReader | None = None) -> 
             annotations = content.pop("annotations", None)
             if annotations is not None:
                 file.has_truth = True
-                _Annotations(file, _entries(annotations, "annotations")).read()
+                _Annotations(file, _entries(annotations, "annotations"), masks).read()
     except DatasetError as e:
         message = str(e)
         raise DatasetError(message if path in message else f"{path}: {message}") from e
@@ -184,9 +188,10 @@ def _read_sizes(
 class _Annotations:
     """The annotations of a file on their way into its columns."""
 
-    def __init__(self, file: CocoFile, entries: list[dict[str, Any]]) -> None:
+    def __init__(self, file: CocoFile, entries: list[dict[str, Any]], masks: bool) -> None:
         self.file = file
         self.entries = entries
+        self.masks = MaskColumn() if masks else None
         self.ids: list[Any] = []  # as they are in the file
 
     def name(self, i: int) -> str:
@@ -211,6 +216,9 @@ class _Annotations:
                 boxes[rows], broken[rows] = read_boxes(values)
                 crowd[rows] = self._read_crowd(start, chunk)
                 areas[rows] = read_numbers([x.get("area") for x in chunk])
+                if self.masks is not None and len(self.file.sizes):
+                    sizes = self.file.sizes[images[rows]]
+                    self.masks.add([x.get("segmentation") for x in chunk], sizes)
                 self._note_broken(start, values, broken[rows])
                 self.entries[rows] = [None] * len(chunk)  # type: ignore[list-item]  # frees them
                 bar.update(len(chunk))
@@ -256,10 +264,15 @@ class _Annotations:
         with np.errstate(over="ignore", invalid="ignore"):
             own = boxes[:, 2] * boxes[:, 3]
             areas = np.where((areas > 0) & np.isfinite(areas), areas, own)
-        kept = np.flatnonzero(is_known & (problems == 0))
+        is_usable = is_known & (problems == 0)
+        if self.masks is not None:
+            is_usable = self.masks.usable(boxes, crowd, is_usable, self.name, file.findings)
+        kept = np.flatnonzero(is_usable)
         kept = kept[np.argsort(images[kept], kind="stable")]
         file.boxes, file.areas, file.crowd = boxes[kept], areas[kept], crowd[kept]
         file.classes, file.rows = classes[kept].astype(np.int32), kept
+        if self.masks is not None:
+            file.masks = [self.masks.masks[i] for i in kept.tolist()]
         counts = np.bincount(images[kept], minlength=len(file.image_ids))
         file.starts = np.concatenate([[0], np.cumsum(counts)])
 

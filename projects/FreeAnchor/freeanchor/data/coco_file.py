@@ -34,6 +34,8 @@ class CocoFile:
     classes: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     crowd: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # in the file
+    # (M,) see `freeanchor.data.masks`; None where they were not asked for.
+    masks: list[Any] | None = None
     # Whether the file has `annotations`: without, there is nothing to train on or to evaluate by.
     has_truth: bool = False
     # What was left out or read in another way.
@@ -74,6 +76,9 @@ class CocoFile:
                             self.areas[rows].tolist(),
                         )
                     ]
+                    if self.masks is not None:
+                        for annotation, mask in zip(record["annotations"], self.masks[rows]):
+                            annotation["segmentation"] = mask
                 records.append(record)
             return records
 

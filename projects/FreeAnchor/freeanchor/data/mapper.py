@@ -13,11 +13,17 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import check_image_size
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    check_image_size,
+    filter_empty_instances,
+    transform_instance_annotations,
+)
 from detectron2.structures import Boxes, BoxMode
 
 from ..errors import DatasetError
 from .images import ImageReader
+from .masks import to_rle
 
 __all__ = ["Mapper"]
 
@@ -119,7 +125,32 @@ class Mapper(DatasetMapper):
             math.prod(t.new_w / t.w for t in resizes),
             math.prod(t.new_h / t.h for t in resizes),
         )
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        objects = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        for annotation in objects:
+            if not self.use_instance_mask:
+                annotation.pop("segmentation", None)
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            if self.recompute_boxes and isinstance(annotation["segmentation"], list):
+                # Detectron2 crops polygons with a package that it does not depend on.
+                size = dataset_dict["width"], dataset_dict["height"]
+                annotation["segmentation"] = to_rle(annotation["segmentation"], size)
+            transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            if isinstance(annotation.get("segmentation"), np.ndarray):
+                mask = np.require(annotation["segmentation"], requirements=("C", "W"))
+                annotation["segmentation"] = mask
+        # Polygons cannot say what a run-length encoding says, now an array.
+        has_array = any(isinstance(a.get("segmentation"), np.ndarray) for a in objects)
+        mask_format = "bitmask" if has_array else self.instance_mask_format
+        instances = annotations_to_instances(objects, image_shape, mask_format)
+        if self.recompute_boxes and objects:  # what a crop leaves of the mask
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = filter_empty_instances(instances)
 
     def _read(self, path: str) -> Any:
         try:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..errors import DatasetError
 from .fields import read_boxes, read_flags, read_ids
 from .findings import BOX_PROBLEMS, Findings, box_problems, check_plausible, show
+from .masks import MaskColumn
 
 __all__ = ["check_records", "to_coco"]
 
@@ -18,7 +19,7 @@ _MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 
 
 def check_records(
-    records: Iterable[dict[str, Any]], name: str, num_classes: int
+    records: Iterable[dict[str, Any]], name: str, num_classes: int, masks: bool = False
 ) -> tuple[list[dict[str, Any]], Findings]:
     """Check records that Python registered.
 
@@ -26,6 +27,7 @@ def check_records(
         records: they, not changed.
         name: of the data set, for messages.
         num_classes: how many there are.
+        masks: whether the objects need a mask.
 
     Returns:
         New records without the boxes that cannot be used, and what was found. An annotation has
@@ -66,6 +68,11 @@ def check_records(
         )
     _check_classes(annotations, owners, name, num_classes)
     crowd, _ = read_flags([a.get("iscrowd") or a.get("ignore") or 0 for a in annotations])
+    if masks:
+        annotations, has_mask = _with_masks(
+            annotations, owners, boxes, crowd, problems == 0, name, findings
+        )
+        problems[~has_mask] = 1
     checked = iter(zip(annotations, problems, boxes, crowd))
     for record in records:
         if record.get("annotations") is None:
@@ -103,6 +110,35 @@ def _boxes(
     # Unlike a file, Python can give numbers that are no JSON: Detectron2 would not convert text.
     text = [isinstance(x, list) and any(isinstance(v, str) for v in x) for x in values]
     return boxes, broken | np.array(text, dtype=bool)
+
+
+def _with_masks(
+    annotations: Sequence[dict[str, Any]],
+    owners: Sequence[dict[str, Any]],
+    boxes: NDArray[Any],
+    crowd: NDArray[Any],
+    is_usable: NDArray[Any],
+    name: str,
+    findings: Findings,
+) -> tuple[list[dict[str, Any]], NDArray[Any]]:
+    """The annotations with their masks as they were read, and (M,) which have one."""
+    sizeless = next((x for x in owners if not (x.get("width") and x.get("height"))), None)
+    if sizeless is not None:
+        raise DatasetError(
+            f"{name}: {sizeless['file_name']} needs `width` and `height` in its record, as it has "
+            "masks"
+        )
+    column = MaskColumn()
+    sizes = np.array([(x["width"], x["height"]) for x in owners]).reshape(-1, 2)
+    column.add([a.get("segmentation") for a in annotations], sizes)
+    try:
+        has_mask = column.usable(
+            boxes, crowd, is_usable, lambda i: str(owners[i]["file_name"]), findings
+        )
+    except DatasetError as e:
+        raise DatasetError(f"{name}: {e}") from e
+    read = [{**a, "segmentation": mask} for a, mask in zip(annotations, column.masks)]
+    return read, has_mask
 
 
 def _check_classes(
@@ -145,6 +181,7 @@ def to_coco(records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> di
         images.append({"id": image_id, **image, "original_id": record["image_id"]})
         for a in record.get("annotations", ()):
             box = BoxMode.convert(list(a["bbox"]), BoxMode(a["bbox_mode"]), BoxMode.XYWH_ABS)
+            mask = a.get("segmentation")
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -153,6 +190,7 @@ def to_coco(records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> di
                     "bbox": [float(v) for v in box],
                     "area": float(a["area"]),
                     "iscrowd": int(a["iscrowd"]),
+                    **({} if mask is None else {"segmentation": mask}),
                 }
             )
     truth: dict[str, Any] = {

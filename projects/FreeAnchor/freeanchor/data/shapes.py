@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as mask_api
 
 CLASSES = ("bar", "disc", "ring", "crescent")
 _SIZE = 256
@@ -70,7 +71,8 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
 
     Returns:
         (S, S, 3) uint8 RGB image, and per object a dict with `category_id` (from 1), `bbox`
-        (x, y, width, height of the whole object, also of what others hide) and `area`.
+        (x, y, width, height of the whole object, also of what others hide), `area` and
+        `segmentation`, a run-length encoding of the whole object as well.
     """
     image = _texture(rng, int(rng.integers(4, 24)), 0.2)
     objects: list[dict[str, Any]] = []
@@ -102,6 +104,7 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
                 "category_id": CLASSES.index(name) + 1,
                 "bbox": [float(v) for v in box],
                 "area": float(mask.sum()),
+                "segmentation": _encode(mask),
             }
         )
         texture = _texture(rng, int(rng.integers(8, 40)), 0.9)
@@ -110,7 +113,15 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
     return (image.clip(0, 1) * 255).round().astype(np.uint8), objects
 
 
-def write_shapes(out_dir: Path, num_train: int, num_val: int, seed: int) -> None:
+def _encode(mask: NDArray[Any]) -> dict[str, Any]:
+    """COCO's run-length encoding of an (S, S) mask."""
+    encoded = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [_SIZE, _SIZE], "counts": encoded["counts"].decode()}
+
+
+def write_shapes(
+    out_dir: Path, num_train: int, num_val: int, seed: int, masks: bool = False
+) -> None:
     """Write `images/`, `train.json` and `val.json` in COCO format.
 
     Args:
@@ -118,6 +129,7 @@ def write_shapes(out_dir: Path, num_train: int, num_val: int, seed: int) -> None
         num_train: number of training images.
         num_val: number of validation images.
         seed: the same seed gives the same bytes.
+        masks: whether the objects have their `segmentation` in the files.
     """
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
@@ -129,6 +141,8 @@ def write_shapes(out_dir: Path, num_train: int, num_val: int, seed: int) -> None
             Image.fromarray(pixels).save(out_dir / "images" / file_name, compress_level=1)
             images.append({"id": image_id, "file_name": file_name, "width": _SIZE, "height": _SIZE})
             for o in objects:
+                if not masks:
+                    del o["segmentation"]
                 annotation_id = len(annotations) + 1
                 annotations.append({"id": annotation_id, "image_id": image_id, "iscrowd": 0, **o})
         content = {

@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import model_zoo
 from ..checkpoint import find
-from ..config import CONFIGS, read_config
+from ..config import CONFIGS, read_config, scored_part
 from ..errors import FileError
 
 __all__ = ["class_names", "find_checkpoint"]
@@ -111,7 +111,7 @@ def _newest_weights(folder: Path) -> Path:
 
 def class_names(cfg: CfgNode) -> list[str]:
     """Names of the classes of a model, in its order; "class 0", ... where nothing tells them."""
-    number = cfg.MODEL.RETINANET.NUM_CLASSES
+    number = scored_part(cfg)[1].NUM_CLASSES
     # Data sets that Detectron2 itself knows have their names there.
     known = [cfg.MODEL.FREEANCHOR.get("CLASS_NAMES", [])]
     known += [

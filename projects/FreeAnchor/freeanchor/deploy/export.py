@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import is_two_stage
 from ..errors import FileError, FreeAnchorError
 from ..modeling import fold_batch_norm
 from .graph import Detector
@@ -68,6 +69,11 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
     """
     if kind not in FORMATS:
         raise FreeAnchorError(f"there is no format {kind}, only {', '.join(FORMATS)}")
+    if is_two_stage(predictor.cfg):
+        raise FreeAnchorError(
+            "only one-stage models can be exported: one with ROI heads runs by `freeanchor "
+            "predict`, `freeanchor serve` and freeanchor.deploy.Predictor"
+        )
     if predictor.cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         raise FreeAnchorError(
             f"INPUT.FORMAT {predictor.cfg.INPUT.FORMAT}: exported files take three colours, so the "

@@ -14,8 +14,10 @@ from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as mask_api
 
 from ..errors import FreeAnchorError
+from ..visualization import overlay_masks
 
 __all__ = ["WRITERS", "Detected", "draw_boxes"]
 
@@ -138,6 +140,8 @@ class Pictures(_Base):
 class Coco(_Base):
     """`detections.json` in COCO's annotation format with scores; classes are numbered from 1.
 
+    Masks are run-length encodings, and their areas the `area`.
+
     It is written as detections come, so that only the list of images is kept in memory.
     """
 
@@ -156,7 +160,8 @@ class Coco(_Base):
         image = {"id": len(self._images) + 1, "file_name": detected.name}
         image |= {"width": width, "height": height}
         self._images.append(image | ({"frame": detected.frame} if detected.frame >= 0 else {}))
-        for (x1, y1, x2, y2), score, index in _rows(detected.instances):
+        masks = _encoded_masks(detected.instances)
+        for i, ((x1, y1, x2, y2), score, index) in enumerate(_rows(detected.instances)):
             annotation = {
                 "id": self._number + 1,
                 "image_id": image["id"],
@@ -166,6 +171,9 @@ class Coco(_Base):
                 "iscrowd": 0,
                 "score": round(score, 6),
             }
+            if masks:
+                area = float(mask_api.area(masks[i]))
+                annotation |= {"area": area, "segmentation": masks[i]}
             self._file.write(",\n" * (self._number > 0) + json.dumps(annotation))
             self._number += 1
 
@@ -228,10 +236,21 @@ def _rows(instances: Instances) -> list[tuple[list[float], float, int]]:
     return list(zip(*(x.tolist() for x in columns), strict=True))
 
 
+def _encoded_masks(instances: Instances) -> list[dict[str, Any]]:
+    """COCO's run-length encoding of each mask; none if there are no masks."""
+    if not instances.has("pred_masks"):
+        return []
+    encoded = [
+        mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+        for mask in instances.pred_masks.numpy()
+    ]
+    return [{"size": list(x["size"]), "counts": x["counts"].decode()} for x in encoded]
+
+
 def draw_boxes(
     pixels: NDArray[np.uint8], instances: Instances, class_names: Sequence[str]
 ) -> NDArray[np.uint8]:
-    """Draw detections with their classes and scores.
+    """Draw detections with their classes and scores, and their masks if they have some.
 
     Args:
         pixels: (H, W, 3) uint8 BGR; not changed.
@@ -241,7 +260,11 @@ def draw_boxes(
     Returns:
         (H, W, 3) uint8 BGR.
     """
-    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+    rgb = np.ascontiguousarray(pixels[:, :, ::-1])
+    if instances.has("pred_masks"):
+        masks = list(instances.pred_masks.numpy())
+        rgb = overlay_masks(rgb, masks, instances.pred_classes.tolist())
+    image = Image.fromarray(rgb)
     draw = ImageDraw.Draw(image)
     size = max(10, min(image.size) // 40)
     font = ImageFont.truetype(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from torch import nn
 
 from ..checkpoint import Checkpointer, find, read_thresholds
-from ..config import merge_options
+from ..config import is_two_stage, merge_options, scored_part
 from ..data import ImageReader, num_channels, read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
 from ..modeling import MultiScaleTest, inference_settings, optimize_inference
@@ -93,10 +95,15 @@ class Predictor:
         self._reader = ImageReader.from_config(cfg)
         num_channels(cfg.INPUT.FORMAT)  # an unknown one is an error
         name = cfg.MODEL.META_ARCHITECTURE
-        if name not in META_ARCH_REGISTRY or not issubclass(
-            META_ARCH_REGISTRY.get(name), RetinaNet
-        ):
-            raise FreeAnchorError(f"MODEL.META_ARCHITECTURE {name} is no FreeAnchor or RetinaNet")
+        is_known = is_two_stage(cfg) or (
+            name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), RetinaNet)
+        )
+        if not is_known:
+            raise FreeAnchorError(
+                f"MODEL.META_ARCHITECTURE {name} is no FreeAnchor, RetinaNet or GeneralizedRCNN"
+            )
+        if aug and is_two_stage(cfg):
+            raise FreeAnchorError("aug is of one-stage models: several scales are not merged here")
         self.model = build_model(cfg).eval()
         Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         self._set_thresholds(confidence, aug)
@@ -118,7 +125,8 @@ class Predictor:
 
         Returns:
             Per image, on the CPU: `pred_boxes`, in pixels of the image as it was given, `scores`
-            and `pred_classes`; the highest scores first.
+            and `pred_classes`; the highest scores first. Of a model that finds masks, also
+            `pred_masks`, (n, H, W) whether a pixel is of the object.
 
         Raises:
             DatasetError: an image cannot be read, or is no such array.
@@ -219,8 +227,9 @@ class Predictor:
             self._reason = f" with the best F1 on {known.dataset}"
             of_class = [known.classes.get(name, known.score) for name in self.class_names]
         self.thresholds, self.confidence = torch.tensor(of_class), min(of_class)
-        self.model.test_score_thresh = self.confidence
-        self.cfg.MODEL.RETINANET.SCORE_THRESH_TEST = self.confidence
+        for part in self._scored_parts():
+            part.test_score_thresh = self.confidence
+        scored_part(self.cfg)[1].SCORE_THRESH_TEST = self.confidence
         self.cfg.freeze()
 
     def describe_thresholds(self) -> str:
@@ -242,11 +251,33 @@ class Predictor:
         return [names[str(x)] for x in classes]
 
     @torch.no_grad()
+    def _scored_parts(self) -> list[Any]:
+        """What gives scores: the model, or the predictors of its ROI heads."""
+        if not is_two_stage(self.cfg):
+            return [self.model]
+        predictors: Any = self.model.roi_heads.box_predictor
+        return [*predictors] if isinstance(predictors, nn.ModuleList) else [predictors]
+
     def _detect_only(self, classes: list[int]) -> None:
         """Give all other classes score 0, so that they take no place among the detections."""
+        if is_two_stage(self.cfg):
+            for predictor in self._scored_parts():
+                # After the softmax: the scores of the chosen ones stay as they are.
+                probs: Any = predictor.predict_probs
+                predictor.predict_probs = partial(_probs_of, probs, classes)
+            return
         bias = self.model.head.cls_score.bias.view(-1, len(self.class_names))
         others = [i for i in range(len(self.class_names)) if i not in classes]
         bias[:, others] = -torch.inf
+
+
+def _probs_of(predict: Callable[..., Any], classes: list[int], *args: Any) -> tuple[Any, ...]:
+    """What `predict_probs` of Detectron2's ROI heads gives, 0 for other classes than these."""
+    chosen = []
+    for probs in predict(*args):
+        index = torch.tensor(classes, device=probs.device)
+        chosen.append(torch.zeros_like(probs).index_copy(1, index, probs[:, index]))
+    return tuple(chosen)
 
 
 class _Read(NamedTuple):

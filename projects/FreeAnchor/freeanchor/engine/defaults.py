@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names
 from ..command_line import add_dataset_argument
-from ..config import add_freeanchor_config, merge_config, merge_options, read_config
+from ..config import (
+    add_freeanchor_config,
+    is_two_stage,
+    merge_config,
+    merge_options,
+    read_config,
+)
 from ..data import (
     NUM_CLASSES_FROM_DATA,
     ImageReader,
@@ -67,12 +74,13 @@ def build_config(args: argparse.Namespace) -> CfgNode:
         raise FreeAnchorError(f"--config-file: there is no file {args.config_file!r}")
     cfg = get_cfg()
     add_freeanchor_config(cfg)
-    cfg.MODEL.RETINANET.NUM_CLASSES = NUM_CLASSES_FROM_DATA
+    for part in (cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
+        part.NUM_CLASSES = NUM_CLASSES_FROM_DATA
     merge_config(cfg, args.config_file)
     merge_options(cfg, args.opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, cfg.MODEL.MASK_ON)
     if args.eval_only and not cfg.MODEL.FREEANCHOR.CLASS_NAMES:
         cfg.MODEL.FREEANCHOR.CLASS_NAMES = _trained_classes(cfg, args)
     resolve_classes(cfg, _dataset_names(cfg, args))
@@ -129,6 +137,7 @@ def check(args: argparse.Namespace) -> None:
             "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
         )
     _check_pixels(cfg)
+    _check_stages(cfg)
     if not args.eval_only and not args.resume:
         _check_output(cfg.OUTPUT_DIR)
     for name in _dataset_names(cfg, args):
@@ -144,6 +153,28 @@ def _check_pixels(cfg: CfgNode) -> None:
             raise FreeAnchorError(
                 f"INPUT.FORMAT {cfg.INPUT.FORMAT} has {channels} channels, and MODEL.{key} has "
                 f"{len(cfg.MODEL[key])} values: give one for each channel"
+            )
+
+
+def _check_stages(cfg: CfgNode) -> None:
+    """Refuse what a model of one stage, or of two, does not have."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    is_one_stage = name in META_ARCH_REGISTRY and issubclass(
+        META_ARCH_REGISTRY.get(name), RetinaNet
+    )
+    of_two = {
+        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
+        "TEST.PROPOSAL_RECALL": cfg.TEST.PROPOSAL_RECALL,
+    }
+    of_one = {"TEST.NMS_RECALL": cfg.TEST.NMS_RECALL, "TEST.AUG.ENABLED": cfg.TEST.AUG.ENABLED}
+    for kind, keys in (
+        ("two stages", of_two if is_one_stage else {}),
+        ("one stage", of_one if is_two_stage(cfg) else {}),
+    ):
+        for key in filter(keys.get, keys):
+            raise FreeAnchorError(
+                f"{key} is of models with {kind}, and MODEL.META_ARCHITECTURE is {name}: leave it "
+                "out, or take another config"
             )
 
 

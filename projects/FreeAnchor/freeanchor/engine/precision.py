@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from ..errors import FreeAnchorError
@@ -42,8 +43,12 @@ def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
 
     Args:
         cfg: config of the run.
-        model: a RetinaNet or FreeAnchor; of others, the precision is float32.
+        model: a RetinaNet, FreeAnchor or GeneralizedRCNN; of others, the precision is float32.
     """
+    if cfg.TEST.AMP.ENABLED and isinstance(model, GeneralizedRCNN):  # it has its own casts
+        with _autocast(cfg, cfg.TEST.AMP.ENABLED):
+            yield
+        return
     head = getattr(model, "head", None)
     if not (cfg.TEST.AMP.ENABLED and isinstance(head, nn.Module)):
         yield

@@ -19,7 +19,7 @@ from torch import nn
 from ..checkpoint import Checkpointer, Thresholds, write_thresholds
 from ..data import ImageReader, Mapper, load_training_set
 from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
-from ..evaluation import BoxEvaluator, NMSRecallEvaluator
+from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
 from ..modeling import FreeAnchor, MultiScaleTest
 from ..paths import file_stem
 from .checkpoints import BestCheckpointer, Checkpoints
@@ -333,4 +333,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, model: nn.Module) -> Datase
     wanted: list[Any] = [_box_evaluator(cfg, dataset_name, "inference")]
     if cfg.TEST.NMS_RECALL:
         wanted.append(NMSRecallEvaluator(dataset_name, model))
+    if cfg.TEST.PROPOSAL_RECALL:
+        wanted.append(ProposalRecallEvaluator(dataset_name, model))
     return DatasetEvaluators(wanted)

@@ -1,6 +1,6 @@
-"""What the paper measures: COCO AP, also of parts, NMS recall; and what scores mean."""
+"""COCO AP, also of slender and crowded objects, what NMS and proposals find, what scores mean."""
 
-from .boxes import ASPECT_RATIOS, COCO_API, CROWDING, BoxEvaluator, aspect_ratios, crowding
+from .boxes import COCO_API, BoxEvaluator
 from .calibration import calibration, score_thresholds
 from .nms_recall import NMSRecallEvaluator
 from .outcomes import (
@@ -15,6 +15,8 @@ from .outcomes import (
     precision_recall,
     truth_rows,
 )
+from .parts import ASPECT_RATIOS, CROWDING, aspect_ratios, crowding
+from .proposal_recall import ProposalRecallEvaluator
 from .truth import read_truth
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "BoxEvaluator",
     "NMSRecallEvaluator",
     "Outcomes",
+    "ProposalRecallEvaluator",
     "aspect_ratios",
     "calibration",
     "class_index",

@@ -1,4 +1,4 @@
-"""COCO AP, also of slender and crowded objects."""
+"""COCO AP of boxes and masks, also of slender and crowded objects."""
 
 import contextlib
 import io
@@ -18,10 +18,12 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pycocotools import mask as mask_api
 
 from ..errors import DatasetError
 from .calibration import calibration, score_thresholds
 from .outcomes import JudgedImage, judge
+from .parts import ASPECT_RATIOS, CROWDING, by_aspect_ratio, by_crowding
 from .truth import read_truth
 
 try:  # the same figures as pycocotools, much faster
@@ -35,42 +37,15 @@ except ImportError:
 
     COCO_API = "pycocotools"
 
-__all__ = ["ASPECT_RATIOS", "COCO_API", "CROWDING", "BoxEvaluator", "aspect_ratios", "crowding"]
+__all__ = ["COCO_API", "BoxEvaluator"]
 
 logger = logging.getLogger(__name__)
-
-# Name and highest value of each part; the one before ends where the next begins.
-ASPECT_RATIOS = (("<=2", 2.0), ("2..3", 3.0), ("3..5", 5.0), (">5", float("inf")))
-CROWDING = (("0", 0.0), ("<=0.3", 0.3), (">0.3", 1.0))
-
-
-def aspect_ratios(boxes: NDArray[Any]) -> NDArray[Any]:
-    """Longer over shorter side of (M, 4) boxes, x y width height: (M,), at least 1."""
-    sides = np.maximum(boxes[:, 2:], 1e-6)
-    ratios: NDArray[Any] = sides.max(axis=1) / sides.min(axis=1)
-    return ratios
-
-
-def crowding(boxes: NDArray[Any]) -> NDArray[Any]:
-    """Largest IoU of each of the (M, 4) boxes of an image with another one: (M,)."""
-    iou = _iou(boxes, boxes)
-    np.fill_diagonal(iou, 0)
-    largest: NDArray[Any] = iou.max(axis=1, initial=0)
-    return largest
-
-
-def _iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """(M, N) IoU of (M, 4) and (N, 4) boxes, x y width height."""
-    start = np.maximum(a[:, None, :2], b[None, :, :2])
-    end = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None])
-    intersection = np.clip(end - start, 0, None).prod(axis=2)
-    union = a[:, 2:].prod(axis=1)[:, None] + b[:, 2:].prod(axis=1)[None] - intersection
-    iou: NDArray[Any] = intersection / np.maximum(union, np.finfo(np.float64).tiny)
-    return iou
 
 
 class BoxEvaluator(DatasetEvaluator):
     """COCO AP of boxes, as Detectron2's `COCOEvaluator`, and of the parts that FreeAnchor is about.
+
+    Of a model that finds masks, the results have their AP too, as "segm".
 
     Besides "bbox", the results have "aspect_ratio" and "crowding": AP and AR of the objects whose
     longer side is so many times the shorter, and of those whose largest IoU with another object is
@@ -107,11 +82,12 @@ class BoxEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._output_dir = output_dir
         self._max_dets = [min(x, max_dets_per_image) for x in (1, 10, max_dets_per_image)]
-        self._found: list[dict[str, Any]] = []
-        self._num_images = 0
+        self.reset()
 
     def reset(self) -> None:
-        self._found, self._num_images = [], 0
+        self._found: list[dict[str, Any]] = []
+        self._num_images = 0
+        self._has_masks = False
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
@@ -122,6 +98,7 @@ class BoxEvaluator(DatasetEvaluator):
             self._num_images += 1
             instances = output["instances"].to("cpu")
             self._found += instances_to_coco_json(instances, image["image_id"])
+            self._has_masks = instances.has("pred_masks")
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
         """Compute the results.
@@ -129,12 +106,14 @@ class BoxEvaluator(DatasetEvaluator):
         Args:
             img_ids: the user's ids of the images that count, by default all.
         """
-        parts = comm.gather((self._num_images, self._found)) if self._distributed else None
+        state = self._num_images, self._found, self._has_masks
+        parts = comm.gather(state) if self._distributed else None
         if parts is not None:
             if not comm.is_main_process():
                 return {}
-            self._num_images = sum(number for number, _ in parts)
-            self._found = [x for _, found in parts for x in found]
+            self._num_images = sum(number for number, _, _ in parts)
+            self._found = [x for _, found, _ in parts for x in found]
+            self._has_masks = any(has_masks for _, _, has_masks in parts)
         if self._num_images == 0:
             logger.warning("There were no images to evaluate")
             return {}
@@ -155,10 +134,15 @@ class BoxEvaluator(DatasetEvaluator):
             img_ids = [self._truth.images[x] for x in img_ids]
         results: dict[str, dict[str, float]] = {}
         evaluated = self._evaluate(truth, detections, img_ids) if detections else None
-        results["bbox"] = self._box_results(evaluated)
+        results["bbox"] = self._results(evaluated, "bbox")
+        if self._has_masks and self._truth.has_masks:
+            masks = self._evaluate(truth, detections, img_ids, "segm") if detections else None
+            results["segm"] = self._results(masks, "segm")
+        elif self._has_masks:
+            logger.warning("The objects of the data set have no masks to compare those found with")
         for name, ranges, values in (
-            ("aspect_ratio", ASPECT_RATIOS, _by_aspect_ratio),
-            ("crowding", CROWDING, _by_crowding),
+            ("aspect_ratio", ASPECT_RATIOS, by_aspect_ratio),
+            ("crowding", CROWDING, by_crowding),
         ):
             results[name] = self._parts(truth, detections, img_ids, ranges, values)
             logger.info(f"By {name}:\n{create_small_table(results[name])}")
@@ -206,7 +190,7 @@ class BoxEvaluator(DatasetEvaluator):
             with PathManager.open(os.path.join(str(self._output_dir), file), "w") as f:
                 json.dump(content, f, default=operator.methodcaller("item"))  # NumPy's numbers
 
-    def _box_results(self, evaluated: dict[str, Any] | None) -> dict[str, float]:
+    def _results(self, evaluated: dict[str, Any] | None, kind: str) -> dict[str, float]:
         """COCO's metrics and the AP of each class, in Detectron2's names."""
         metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
         if evaluated is None:
@@ -216,7 +200,7 @@ class BoxEvaluator(DatasetEvaluator):
         every, sizes = precision[..., 0], [precision[..., i] for i in (1, 2, 3)]
         values = [every, every[0], every[5], *sizes]
         results = {metric: _mean(x) for metric, x in zip(metrics, values)}
-        logger.info(f"Evaluation results for bbox:\n{create_small_table(results)}")
+        logger.info(f"Evaluation results for {kind}:\n{create_small_table(results)}")
         names = self._metadata.get("thing_classes") or ()
         if len(names) > 1:
             classes = {f"AP-{name}": _mean(every[:, :, i]) for i, name in enumerate(names)}
@@ -231,6 +215,7 @@ class BoxEvaluator(DatasetEvaluator):
         truth: dict[str, Any],
         detections: list[dict[str, Any]],
         img_ids: Sequence[int] | None,
+        kind: str = "bbox",
         parts: tuple[tuple[str, float], ...] = (),
     ) -> dict[str, Any]:
         """COCOeval by area, or by another value in its place: what it calls `eval`."""
@@ -241,13 +226,13 @@ class BoxEvaluator(DatasetEvaluator):
             found.dataset = {
                 **truth,
                 "annotations": [
-                    {"area": x["bbox"][2] * x["bbox"][3], **x, "id": i, "iscrowd": 0}
+                    {"area": _area(x, kind), **x, "id": i, "iscrowd": 0}
                     for i, x in enumerate(detections, start=1)
                 ],
             }
             for index in (coco, found):
                 index.createIndex()
-            evaluator = COCOeval(coco, found, "bbox")
+            evaluator = COCOeval(coco, found, kind)
             evaluator.params.maxDets = self._max_dets
             if img_ids is not None:
                 evaluator.params.imgIds = list(img_ids)
@@ -281,7 +266,7 @@ class BoxEvaluator(DatasetEvaluator):
             ],
         }
         detections = [{**x, "area": v} for x, v in zip(detections, found, strict=True)]
-        results = self._evaluate(truth, detections, img_ids, parts)
+        results = self._evaluate(truth, detections, img_ids, "bbox", parts)
         ap, ar = results["precision"][..., -1], results["recall"][..., -1]
         return {
             f"{metric}{label}": _mean(array[..., i])
@@ -290,38 +275,16 @@ class BoxEvaluator(DatasetEvaluator):
         }
 
 
+def _area(detection: dict[str, Any], kind: str) -> float:
+    if kind == "segm":
+        return float(mask_api.area(detection["segmentation"]))
+    return float(detection["bbox"][2] * detection["bbox"][3])
+
+
 def _mean(values: NDArray[Any]) -> float:
     """In percent, over what is defined."""
     values = values[values > -1]
     return float(values.mean() * 100) if values.size else float("nan")
-
-
-def _boxes(records: list[dict[str, Any]]) -> NDArray[Any]:
-    return np.array([x["bbox"] for x in records], dtype=np.float64).reshape(-1, 4)
-
-
-def _by_aspect_ratio(
-    objects: list[dict[str, Any]], detections: list[dict[str, Any]]
-) -> tuple[list[float], list[float]]:
-    return aspect_ratios(_boxes(objects)).tolist(), aspect_ratios(_boxes(detections)).tolist()
-
-
-def _by_crowding(
-    objects: list[dict[str, Any]], detections: list[dict[str, Any]]
-) -> tuple[list[float], list[float]]:
-    in_image: dict[Any, tuple[list[int], list[int]]] = {}
-    for kind, records in enumerate((objects, detections)):
-        for i, x in enumerate(records):
-            if not x.get("iscrowd"):  # a crowd region is no object
-                in_image.setdefault(x["image_id"], ([], []))[kind].append(i)
-    of_objects, of_detections = np.zeros(len(objects)), np.zeros(len(detections))
-    for those, found in in_image.values():
-        boxes = _boxes([objects[i] for i in those])
-        of_objects[those] = values = crowding(boxes)
-        if those and found:
-            iou = _iou(_boxes([detections[i] for i in found]), boxes)
-            of_detections[found] = np.where(iou.max(axis=1) > 0, values[iou.argmax(axis=1)], 0)
-    return of_objects.tolist(), of_detections.tolist()
 
 
 def draw_precision_recall(precision: NDArray[Any]) -> Figure:

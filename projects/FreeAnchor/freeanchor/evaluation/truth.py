@@ -4,6 +4,7 @@ import json
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
@@ -22,11 +23,13 @@ class Truth(NamedTuple):
         dataset: the COCO dictionary. Annotations have what COCOeval reads and no more.
         images: from the user's id of an image to the one in `dataset`.
         has_annotations: whether there is anything to compare with, even if that is no object.
+        has_masks: whether each object has a mask.
     """
 
     dataset: dict[str, Any]
     images: dict[Hashable, int]
     has_annotations: bool
+    has_masks: bool
 
 
 def read_truth(dataset_name: str) -> Truth:
@@ -65,7 +68,8 @@ def read_truth(dataset_name: str) -> Truth:
         "annotations": annotations,
     }
     images = {x.get("original_id", x["id"]): images[x["id"]] for x in content["images"]}
-    return Truth(dataset, images, "annotations" in content)
+    has_masks = all("segmentation" in x for x in annotations)
+    return Truth(dataset, images, "annotations" in content, has_masks)
 
 
 def _annotation(
@@ -73,6 +77,10 @@ def _annotation(
 ) -> dict[str, Any]:
     box = [float(v) for v in annotation["bbox"]]
     area = annotation.get("area")
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        # COCO's own tools take no arrays.
+        mask = [x.tolist() if isinstance(x, np.ndarray) else x for x in mask]
     return {
         "id": number,
         "image_id": image,
@@ -80,6 +88,7 @@ def _annotation(
         "bbox": box,
         "area": box[2] * box[3] if area is None else float(area),
         "iscrowd": int(annotation.get("iscrowd") or 0),
+        **({"segmentation": mask} if mask else {}),
     }
 
 

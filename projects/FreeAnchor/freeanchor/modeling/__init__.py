@@ -5,11 +5,13 @@ from .backbone import build_freeanchor_resnet_fpn_backbone
 from .inference import candidates, dense_detector, detect
 from .meta_arch import FreeAnchor, Matching
 from .optimize import fold_batch_norm, inference_settings, optimize_inference
+from .proposals import FreeAnchorRPN
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
 
 __all__ = [
     "FreeAnchor",
+    "FreeAnchorRPN",
     "Matching",
     "MultiScaleTest",
     "RoundedAnchorGenerator",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2.modeling import RetinaNet
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -72,7 +72,7 @@ def fold_batch_norm(model: nn.Module) -> None:
 
 
 def optimize_inference(
-    model: RetinaNet,
+    model: RetinaNet | GeneralizedRCNN,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     compiled: bool = False,
@@ -80,8 +80,9 @@ def optimize_inference(
     """Make a model faster that is only to detect.
 
     Args:
-        model: a RetinaNet or FreeAnchor in evaluation mode, changed in place.
-        dtype: of backbone and head. Boxes, scores and NMS stay in float32.
+        model: a RetinaNet, FreeAnchor or two-stage model in evaluation mode, changed in place.
+        dtype: of backbone and head, and of the backbone alone where there are two stages. Boxes,
+            scores and NMS stay in float32.
         channels_last: whether images and weights are NHWC in memory.
         compiled: whether `torch.compile` compiles backbone and head, at their first call with
             each size of image.
@@ -93,9 +94,17 @@ def optimize_inference(
         dtype = next(module.parameters()).dtype
         return (inputs[0].to(dtype=dtype, memory_format=layout),)
 
-    for part in (model.backbone, model.head):
+    def to_float32(module: nn.Module, inputs: Any, features: dict[str, Tensor]) -> Any:
+        return {name: x.float() for name, x in features.items()}
+
+    parts = [model.backbone]
+    if isinstance(model, RetinaNet):
+        parts.append(model.head)
+    else:
+        model.backbone.register_forward_hook(to_float32)
+    for part in parts:
         part.to(dtype=dtype, memory_format=layout)
     model.backbone.register_forward_pre_hook(to_layout)
     if compiled:
-        model.backbone.compile()
-        model.head.compile()
+        for part in parts:
+            part.compile()

@@ -1,7 +1,7 @@
 """Pictures: of arrays and plain records, without a model or a config."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -15,21 +15,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ..data import read_image
+from ..data import decode_mask, read_image
 from ..evaluation import class_index
 from ..modeling import Matching
 from .labels import make_legible
 
-__all__ = ["draw_curves", "draw_detections", "draw_matching", "to_image"]
+__all__ = ["draw_curves", "draw_detections", "draw_matching", "overlay_masks", "to_image"]
 
 _MIN_SIZE = 512  # shorter side of a picture, so that labels do not hide small images
 _MAX_ENLARGED = 2048  # its longer side, where that makes a strip too large
 _MAX_SIZE = 8192  # of any, as file formats and memory end somewhere
-_CURVES = (
-    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
-    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
-    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
-)
+
+
+class _Drawn(NamedTuple):
+    """A box x1 y1 x2 y2, its class, what to say after the class, and its mask, if any."""
+
+    box: list[float]
+    label: int
+    suffix: str = ""
+    mask: Any = None
 
 
 def draw_detections(
@@ -40,6 +44,8 @@ def draw_detections(
     cfg: CfgNode | None = None,
 ) -> NDArray[Any]:
     """Draw the ground truth of an image and, to its right, its detections; below it for a strip.
+
+    With `MODEL.MASK_ON`, masks too.
 
     Args:
         record: the image in Detectron2's standard format.
@@ -53,22 +59,48 @@ def draw_detections(
         more than twice as wide as it is high.
     """
     image = read_image(record["file_name"], "RGB", cfg)
+    key = "segmentation" if cfg is not None and cfg.MODEL.MASK_ON else ""
     truth = [
-        (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
+        _Drawn(
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS),
+            a["category_id"],
+            mask=a.get(key),
+        )
         for a in record.get("annotations", ())
     ]
     thresholds = np.broadcast_to(score_thresh, len(metadata.thing_classes))
     found = [
-        (
+        _Drawn(
             BoxMode.convert(d["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
             label,
             f" {d['score']:.0%}",
+            d.get(key),
         )
         for d in detections
         if d["score"] >= thresholds[label := class_index(metadata, d["category_id"])]
     ]
     axis = 0 if image.shape[1] > 2 * image.shape[0] else 1
     return np.concatenate([_draw_boxes(image, x, metadata) for x in (truth, found)], axis=axis)
+
+
+def overlay_masks(
+    image: NDArray[Any], masks: Sequence[NDArray[Any]], labels: Sequence[int]
+) -> NDArray[Any]:
+    """Tint the pixels of objects, the first ones on top.
+
+    Args:
+        image: (H, W, 3) uint8 RGB image, not changed.
+        masks: of each object, (H, W) whether a pixel is of it.
+        labels: the index of its class, which has a colour.
+
+    Returns:
+        (H, W, 3) uint8 RGB image.
+    """
+    colors = colormap(rgb=True, maximum=255)
+    tinted: NDArray[Any] = image.copy()
+    for mask, label in zip(reversed(masks), reversed(labels), strict=True):
+        tinted[mask] = (tinted[mask] + colors[label % len(colors)]) / 2
+    return tinted
 
 
 def _scale(height: int, width: int) -> float:
@@ -78,20 +110,32 @@ def _scale(height: int, width: int) -> float:
     return max(min(scale, _MAX_SIZE / longer), 1 / shorter)
 
 
-def _draw_boxes(
-    image: NDArray[Any], objects: list[tuple[list[float], int, str]], metadata: Any
-) -> NDArray[Any]:
-    """Draw (box, class, what to say after the class) on an image, a colour for each class."""
+def _draw_boxes(image: NDArray[Any], objects: list[_Drawn], metadata: Any) -> NDArray[Any]:
+    """Draw objects on an image, a colour for each class."""
     colors = colormap(rgb=True, maximum=1)
+    masked = [x for x in objects if x.mask is not None]
+    size = image.shape[1], image.shape[0]
+    masks = [decode_mask(x.mask, size) for x in masked]
+    image = overlay_masks(image, masks, [x.label for x in masked])
     visualizer = Visualizer(image, metadata, scale=_scale(*image.shape[:2]))
     visualizer.overlay_instances(
-        boxes=np.array([box for box, _, _ in objects]).reshape(-1, 4),
-        labels=[metadata.thing_classes[c] + suffix for _, c, suffix in objects],
-        assigned_colors=[colors[c % len(colors)] for _, c, _ in objects],
+        boxes=np.array([x.box for x in objects]).reshape(-1, 4),
+        labels=[metadata.thing_classes[x.label] + x.suffix for x in objects],
+        assigned_colors=[colors[x.label % len(colors)] for x in objects],
     )
     make_legible(visualizer.output.ax.texts)
     drawn: NDArray[Any] = visualizer.output.get_image()
     return drawn
+
+
+def curves(records: list[dict[str, float]]) -> list[tuple[str, list[str]]]:
+    """What is drawn over the iterations: titles, and the keys of the logged values."""
+    losses = dict.fromkeys(k for r in records for k in r if k.startswith("loss_"))
+    return [
+        ("Losses", ["total_loss", *losses]),
+        ("Likelihood of a bag", ["freeanchor/bag_likelihood", "freeanchor/localized_objects"]),
+        ("Anchors that carry a bag", ["freeanchor/anchors_per_bag"]),
+    ]
 
 
 def draw_curves(records: list[dict[str, float]]) -> Figure:
@@ -104,7 +148,8 @@ def draw_curves(records: list[dict[str, float]]) -> Figure:
         A figure, to be saved.
     """
     figure = Figure(figsize=(6, 9), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(len(_CURVES), sharex=True), _CURVES):
+    wanted = curves(records)
+    for axes, (title, keys) in zip(figure.subplots(len(wanted), sharex=True), wanted):
         for key in keys:
             logged = [r for r in records if key in r]
             axes.plot(

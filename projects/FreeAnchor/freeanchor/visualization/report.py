@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from ..errors import FileError
 from ..evaluation import ASPECT_RATIOS, CROWDING, FALSE_POSITIVES, confusion, precision_recall
 from .charts import COLORS, Line, confusion_table, line_chart, number, table
+from .drawing import curves
 from .gallery import gallery
 from .page import VIEWER, make_page, read_asset
 from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics, recommended_scores
@@ -22,15 +23,11 @@ __all__ = ["write_report"]
 
 _PICTURE_BYTES = 3_300_000  # of all pictures together: the page has 5 MB at most for 50 of them
 _LEAST_PICTURE_BYTES = 25_000
-_CURVES = (
-    ("Losses", ("total_loss", "loss_positive", "loss_negative")),
-    ("Likelihood of a bag", ("freeanchor/bag_likelihood", "freeanchor/localized_objects")),
-    ("Anchors that carry a bag", ("freeanchor/anchors_per_bag",)),
-)
 _FIGURES = (
     ("AP", "bbox/AP"),
     ("AP50", "bbox/AP50"),
     ("AP75", "bbox/AP75"),
+    ("AP of masks", "segm/AP"),
     ("NMS recall", "nms_recall/NR"),
     ("AP, several scales", "bbox_TTA/AP"),
     ("calibration error", "calibration/ECE"),
@@ -147,7 +144,7 @@ def _errors(runs: Sequence[Run], data: Dataset, score_thresh: float) -> list[str
 def _training(runs: Sequence[Run]) -> list[str]:
     """The losses and what FreeAnchor logs of its matching, over the iterations."""
     parts = ['<h2>Training</h2><div class="grid">']
-    for title, keys in _CURVES:
+    for title, keys in curves([r for run in runs for r in run.metrics]):
         lines = []
         for i, run in enumerate(runs):
             for color, key in zip(COLORS, keys):

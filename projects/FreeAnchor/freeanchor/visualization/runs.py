@@ -52,7 +52,7 @@ def read_run(
             raise FileError(f"{output_dir} has no {name}: it is not the output of a training")
     cfg = read_config(output_dir / "config.yaml")
     merge_options(cfg, options)
-    register_datasets(datasets)
+    register_datasets(datasets, cfg.MODEL.MASK_ON)
     cfg.OUTPUT_DIR = str(output_dir)
     for name in cfg.DATASETS.TEST:
         if name not in DatasetCatalog.list():
