@@ -105,7 +105,7 @@ def test_rounded_anchors_are_searched_as_grids(monkeypatch):
         assert torch.equal(bag, ops.iou_topk([x.reshape(-1, 4) for x in levels], boxes, k))
         return bag
 
-    monkeypatch.setattr("freeanchor.modeling.meta_arch.iou_topk", search)
+    monkeypatch.setattr("freeanchor.modeling.bag_detector.iou_topk", search)
     target = instances([[5, 5, 40, 60], [70, 8, 90, 20]], [0, 2])
     model([{"image": torch.zeros(3, 96, 128), "instances": target}])
     assert shapes == [4] * 5

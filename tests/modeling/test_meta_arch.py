@@ -66,7 +66,7 @@ def test_signature_of_losses():
         ("FREEANCHOR.BBOX_THRESHOLD", 1.0),
         ("FREEANCHOR.BBOX_THRESHOLD", -0.1),
         ("RETINANET.FOCAL_LOSS_GAMMA", 0.5),
-        ("RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+        ("RETINANET.BBOX_REG_LOSS_TYPE", "diou"),
     ],
 )
 def test_bad_values_are_refused_by_name(cfg, key, value):
@@ -400,7 +400,7 @@ def test_a_loss_without_a_storage(model, monkeypatch):
     def none():
         raise AssertionError("get_event_storage() has to be called inside a context")
 
-    monkeypatch.setattr("freeanchor.modeling.meta_arch.get_event_storage", none)
+    monkeypatch.setattr("freeanchor.modeling.bag_detector.get_event_storage", none)
     losses = model.losses(*predictions(model), [instances([[8.0, 8.0, 40.0, 30.0]], [1])] * 2)
     assert all(x.isfinite() for x in losses.values())
 

@@ -33,19 +33,19 @@ def _add_visualize(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="FILE",
         help="draw the matching of these, side by side; a name is of a file in OUTPUT_DIR "
-        "(default: model_final.pth, if it is there and a FreeAnchor)",
+        "(default: model_final.pth, if it is there and a FreeAnchor or LTM)",
     )
 
 
 def _visualize(args: argparse.Namespace) -> None:
+    from .modeling import has_bags
     from .visualization import read_run, write_pictures
 
     cfg = read_run(args.output_dir, args.dataset, args.opts)
     checkpoints = args.checkpoints
     if checkpoints is None:
         is_there = (args.output_dir / "model_final.pth").is_file()
-        is_freeanchor = cfg.MODEL.META_ARCHITECTURE == "FreeAnchor"
-        checkpoints = ["model_final.pth"] if is_there and is_freeanchor else []
+        checkpoints = ["model_final.pth"] if is_there and has_bags(cfg) else []
     checkpoints = [
         str(args.output_dir / x) if (args.output_dir / x).is_file() else x for x in checkpoints
     ]

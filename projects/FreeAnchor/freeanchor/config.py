@@ -47,7 +47,9 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK = 50
     # IoU of a predicted box with an object from which its anchor stops being pure background.
     cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD = 0.6
-    # Weight of the localisation loss inside exp(), which makes it a probability.
+    # Weight of the localisation loss inside exp(), which makes it a probability. 0.75 is of
+    # MODEL.RETINANET.BBOX_REG_LOSS_TYPE "smooth_l1"; set 5.5 with it at "giou" or "iou", whose losses
+    # are at most 2 and 1.
     cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT = 0.75
 
     # Names of the classes, in the order of the model's outputs; empty: those of the first data set.
@@ -71,6 +73,12 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Whether boxes end on their last pixel, as in the paper's repository, instead of behind it.
     # The two conventions differ by a fraction of a pixel where an image is resized.
     cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS = False
+
+    # LTM has the keys of FreeAnchor, BBOX_THRESHOLD for its log alone, and this one. What an object
+    # chooses from: "anchors", or "points", the centres of all cells, from which boxes are predicted
+    # by their four sides; MODEL.ANCHOR_GENERATOR.SIZES are then the strides, with ratio 1.
+    cfg.MODEL.LTM = CfgNode()
+    cfg.MODEL.LTM.CANDIDATES = "anchors"
 
     # The backbone build_timm_fpn_backbone: a model of timm with a feature pyramid.
     cfg.MODEL.TIMM = CfgNode()

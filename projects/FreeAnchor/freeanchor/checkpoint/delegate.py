@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..modeling import FreeAnchor
+from ..modeling import BagDetector
 from .checkpointer import Checkpointer
 
 __all__ = ["hand_over"]
@@ -24,7 +24,7 @@ def hand_over() -> None:
     def load(
         self: DetectionCheckpointer, path: str, checkpointables: list[str] | None = None
     ) -> Any:
-        if type(self) is not DetectionCheckpointer or not isinstance(self.model, FreeAnchor):
+        if type(self) is not DetectionCheckpointer or not isinstance(self.model, BagDetector):
             return theirs(self, path, checkpointables)
         ours = Checkpointer(
             self.model,

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data import ImageReader
-from ..modeling import FreeAnchor
+from ..modeling import BagDetector
 from ..visualization import VIEWER, make_page, read_asset
 from .predictor import Predictor
 from .uploads import Gate, Limits, RefusedError, decode_picture, read_body
@@ -101,7 +101,7 @@ def find_bag(
     """The bag of an object in (H, W, 3) BGR pixels, as the API gives it.
 
     Args:
-        predictor: of a FreeAnchor.
+        predictor: of a FreeAnchor or LTM.
         pixels: the picture.
         box: x, y, width and height of the object.
         label: index of its class.
@@ -207,7 +207,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
     metrics = _Metrics(gate)
     worker = ThreadPoolExecutor(1, "model")
     reader = replace(ImageReader.from_config(predictor.cfg), format="BGR")
-    has_bags = isinstance(predictor.model, FreeAnchor)
+    has_bags = isinstance(predictor.model, BagDetector)
     page = _page()
 
     async def refuse(request: Request, e: RefusedError) -> Response:

@@ -12,7 +12,8 @@ import torchvision
 from detectron2.modeling import RetinaNet
 from torch import Tensor, nn
 
-from ..layers.matching import BoxCoding, decode_boxes
+from ..layers.matching import decode_boxes
+from ..modeling import box_coding
 
 __all__ = ["Detector"]
 
@@ -94,7 +95,7 @@ class Detector(nn.Module):
     def _decode(self, level: int, deltas: Tensor, index: Tensor, width: int) -> Tensor:
         """Boxes (N, k, 4) of anchors: (N, k) indices in the order of the memory of deltas."""
         generator, transform = self.model.anchor_generator, self.model.box2box_transform
-        coding = BoxCoding(transform.weights, transform.scale_clamp)
+        coding = box_coding(transform)
         shape = torch.div(index, deltas.shape[3], rounding_mode="floor")
         cell = index - shape * deltas.shape[3]
         row = torch.div(cell, width, rounding_mode="floor")

@@ -6,7 +6,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 
-from ..modeling import FreeAnchor
+from ..modeling import BagDetector
 from ..visualization import draw_matching, to_image
 
 __all__ = ["MatchingPictures"]
@@ -15,7 +15,7 @@ __all__ = ["MatchingPictures"]
 class MatchingPictures(HookBase):
     """Puts the matching of a training image to the EventStorage, every so many iterations."""
 
-    def __init__(self, model: FreeAnchor, period: int) -> None:
+    def __init__(self, model: BagDetector, period: int) -> None:
         """Build the hook.
 
         Args:
@@ -29,7 +29,7 @@ class MatchingPictures(HookBase):
     def before_step(self) -> None:
         if self.trainer.iter % self.period == 0:
 
-            def keep(model: FreeAnchor, inputs: tuple[list[dict[str, Any]]]) -> None:
+            def keep(model: BagDetector, inputs: tuple[list[dict[str, Any]]]) -> None:
                 self._batch = inputs[0]
                 handle.remove()
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling import FreeAnchor
+from ..modeling import BagDetector
 from ..modeling.precision import choose_precision
 from .failures import NonFiniteReport, explained
 from .precision import autocast
@@ -149,7 +149,7 @@ class TrainStep:
         totals: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
             weight = 1 / steps
-            if isinstance(model, FreeAnchor) and steps > 1:
+            if isinstance(model, BagDetector) and steps > 1:
                 objects = [x["instances"] for x in batch]
                 stack.enter_context(model.normalizer.over(objects, self.device))
                 weight = 1.0  # each loss is divided by the objects of all parts

@@ -116,7 +116,7 @@ def _scale(deltas: Tensor, weights: Iterable[float]) -> Tensor:
     return torch.stack([x * weight for x, weight in zip(deltas.unbind(-1), weights)], dim=-1)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor, coding: BoxCoding) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, coding: BoxCoding | None) -> Tensor:
     """Boxes that `deltas` predict from `anchors`: the inverse of :func:`encode_boxes`.
 
     The arithmetic of Detectron2's `Box2BoxTransform.apply_deltas`, in the dtype of `deltas`
@@ -125,11 +125,16 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, coding: BoxCoding) -> Tensor:
     Args:
         deltas: (..., 4) predicted deltas.
         anchors: (..., 4) anchors.
-        coding: what the deltas mean.
+        coding: what the deltas mean. None: distances from the centre of the anchor to the left,
+            top, right and bottom in units of its width, as in `Box2BoxTransformLinear`.
 
     Returns:
         (..., 4) boxes, not clipped to the image.
     """
+    if coding is None:
+        centre = 0.5 * (anchors[..., :2] + anchors[..., 2:])
+        distances = F.relu(deltas) * (anchors[..., 2:3] - anchors[..., :1])
+        return torch.cat((centre - distances[..., :2], centre + distances[..., 2:]), dim=-1)
     deltas = torch.stack([x / w for x, w in zip(deltas.unbind(-1), coding.weights)], dim=-1)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size

@@ -22,7 +22,7 @@ def ignored_anchors(
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
     regions: Sequence[Tensor | None],
-    coding: BoxCoding,
+    coding: BoxCoding | None,
     most: float = 0.5,
 ) -> list[Tensor]:
     """Find the anchors whose predicted box lies mostly inside one ignore region of its image.

@@ -2,26 +2,32 @@
 
 from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
+from .bag_detector import BagDetector, Matching, box_coding, has_bags
 from .inference import candidates, dense_detector, detect
-from .meta_arch import FreeAnchor, Matching
+from .ltm import LTM
+from .meta_arch import FreeAnchor
 from .optimize import fold_batch_norm, inference_settings, optimize_inference
 from .proposals import FreeAnchorRPN
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
 
 __all__ = [
+    "LTM",
+    "BagDetector",
     "FreeAnchor",
     "FreeAnchorRPN",
     "Matching",
     "MultiScaleTest",
     "RoundedAnchorGenerator",
     "TimmBackbone",
+    "box_coding",
     "build_freeanchor_resnet_fpn_backbone",
     "build_timm_fpn_backbone",
     "candidates",
     "dense_detector",
     "detect",
     "fold_batch_norm",
+    "has_bags",
     "inference_settings",
     "optimize_inference",
 ]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..data import read_image
 from ..evaluation import FALSE_POSITIVES, count_errors
-from ..modeling import Matching
+from ..modeling import Matching, has_bags
 from .page import data_element, encode_picture
 from .pictures import choose, match_images
 from .runs import Dataset, Run
@@ -45,8 +45,7 @@ def _choose_images(data: Dataset, num_images: int, score_thresh: float) -> list[
 def _matchings(run: Run, data: Dataset, chosen: list[int]) -> dict[int, tuple[Matching, int]]:
     """The matching of the first images, and the width that the network sees them in."""
     model = Path(run.cfg.OUTPUT_DIR) / "model_final.pth"
-    is_freeanchor = run.cfg.MODEL.META_ARCHITECTURE == "FreeAnchor"
-    if not (model.is_file() and is_freeanchor and data.has_truth):
+    if not (model.is_file() and has_bags(run.cfg) and data.has_truth):
         return {}
     chosen = chosen[:_BAG_IMAGES]
     images = match_images(run.cfg, [str(model)], [data.records[i] for i in chosen])

@@ -20,7 +20,7 @@ from PIL import Image
 from ..checkpoint import Checkpointer
 from ..data import Mapper
 from ..errors import FileError
-from ..modeling import FreeAnchor, Matching
+from ..modeling import BagDetector, Matching
 from ..paths import file_stem
 from .drawing import draw_curves, draw_detections, draw_matching
 from .runs import Run, read_detections, read_metrics, recommended_scores
@@ -52,7 +52,7 @@ def match_images(
         each checkpoint the matching; none for an image without objects.
 
     Raises:
-        FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it is not a FreeAnchor.
+        FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it has no bags.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -64,8 +64,9 @@ def match_images(
     )
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
     mapper, model = Mapper(cfg, is_train=True), build_model(cfg).eval()
-    if not isinstance(model, FreeAnchor):
-        raise FileError(f"{cfg.MODEL.META_ARCHITECTURE} has no bags: give a run of FreeAnchor")
+    if not isinstance(model, BagDetector):
+        name = cfg.MODEL.META_ARCHITECTURE
+        raise FileError(f"{name} has no bags: give a run of FreeAnchor or LTM")
     images = [mapper(record) for record in records]
     found: list[dict[str, Matching]] = [{} for _ in images]
     for checkpoint in checkpoints:
