@@ -21,6 +21,7 @@ class Hyper:
     gamma: float = 2.0
     box_weights: tuple = (10.0, 10.0, 5.0, 5.0)
     scale_clamp: float = math.log(1000 / 16)
+    box_loss: str = "smooth_l1"
 
 
 def iou(a, b):
@@ -30,6 +31,15 @@ def iou(a, b):
         return 0.0
     inter = width * height
     return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def iou_loss(a, b, kind):
+    if kind == "iou":
+        return 1 - iou(a, b)
+    width, height = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+    union = sum(areas) / (1 + iou(a, b))
+    return 1 - iou(a, b) + (width * height - union) / (width * height)
 
 
 def bag(anchors, box, k=K):
@@ -89,8 +99,13 @@ def losses(anchors, logits, deltas, boxes, classes, hyper=None):
         for box, cls in zip(boxes[n], classes[n]):
             matched = []
             for j in bag(anchors, box, hyper.k):
-                target = encode(box, anchors[j], hyper.box_weights)
-                distance = sum(smooth_l1(d - t, hyper.beta) for d, t in zip(deltas[n][j], target))
+                if hyper.box_loss == "smooth_l1":
+                    target = encode(box, anchors[j], hyper.box_weights)
+                    pairs = zip(deltas[n][j], target)
+                    distance = sum(smooth_l1(d - t, hyper.beta) for d, t in pairs)
+                else:
+                    predicted = decode(deltas[n][j], anchors[j], hyper)
+                    distance = iou_loss(predicted, box, hyper.box_loss)
                 matched.append(sigmoid(logits[n][j][cls]) * math.exp(-hyper.weight * distance))
             positive -= math.log(mean_max(matched))
         predicted = [decode(d, a, hyper) for d, a in zip(deltas[n], anchors)]

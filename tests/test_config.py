@@ -2,6 +2,7 @@
 
 import freeanchor
 import pytest
+import torch
 from conftest import QUICK, REPOSITORY
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.config import get_cfg
@@ -13,10 +14,11 @@ from freeanchor import FreeAnchor, model_zoo
 from freeanchor.checkpoint import catalog
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
-from freeanchor.modeling import FreeAnchorRPN
+from freeanchor.modeling import LTM, FreeAnchorRPN
 from iopath.common.file_io import HTTPURLHandler
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
+LTM_MODELS = sorted((REPOSITORY / "configs" / "LTM").glob("*.yaml"))
 TWO_STAGE = sorted((REPOSITORY / "configs").glob("*/*rcnn_free_anchor*.yaml"))
 MMDETECTION = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_1x.yaml"))
 ACCURACY = sorted((REPOSITORY / "configs" / "MMDetection").glob("*_acc_test.yaml"))
@@ -131,6 +133,55 @@ def test_weights_are_in_the_catalogue(path):
     else:
         name = weights.removeprefix("detectron2://ImageNetPretrained/").removesuffix(".pkl")
         assert name in ModelCatalog.C2_IMAGENET_MODELS
+
+
+# As above, and the learning rate with anchors; without, it is always that of R-50.
+EXPECTED_LTM = {
+    "R_50_FPN_1x": ((50, (1, 64), 90000, (800,)), 0.005),
+    "R_101_FPN_1x": ((101, (1, 64), 90000, (800,)), 0.01),
+    "R_101_FPN_2x": ((101, (1, 64), 180000, (640, 800)), 0.01),
+    "X_101_64x4d_FPN_2x": ((101, (64, 4), 180000, (640, 800)), 0.01),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED_LTM)
+@pytest.mark.parametrize("prefix", ["ltm_", "ltm_af_"])
+def test_config_of_ltm_is_the_authors(prefix, name):
+    """Architecture, schedule, sizes, solver and method."""
+    cfg = load(LTM_MODELS[0].parent / f"{prefix}{name}.yaml")
+    (depth, groups, iterations, sizes), rate = EXPECTED_LTM[name]
+    is_points = prefix == "ltm_af_"
+    assert depth == cfg.MODEL.RESNETS.DEPTH
+    assert groups == (cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP)
+    assert (iterations, sizes) == (cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TRAIN)
+    steps = {90000: (60000, 80000), 180000: (120000, 160000)}
+    assert steps[iterations] == cfg.SOLVER.STEPS
+    sampling = "choice" if len(sizes) == 1 else "range"
+    assert sampling == cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    assert (0.005 if is_points else rate) == cfg.SOLVER.BASE_LR
+    optimizer = build_optimizer(cfg, torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        (cfg.SOLVER.BASE_LR, 1e-4)
+    }
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 10)
+    method = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT, cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
+    assert method == ((5.5, "giou") if is_points else (0.5, "smooth_l1"))
+    assert ("points" if is_points else "anchors") == cfg.MODEL.LTM.CANDIDATES
+    assert cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK == 40
+
+
+@pytest.mark.parametrize(
+    "path", [*LTM_MODELS, *sorted(QUICK.parent.glob("ltm*.yaml"))], ids=lambda p: p.stem
+)
+def test_config_of_ltm_builds_a_model(path):
+    """There are the authors' eight and two quick ones, and with points they have no anchors."""
+    assert len(LTM_MODELS) == 8
+    model = build_model(load(path))
+    assert isinstance(model, LTM)
+    is_points = "_af_" in path.stem
+    assert model.anchor_generator.num_cell_anchors == [1 if is_points else 9] * 5
+    assert hasattr(model.head, "scales") == is_points
 
 
 def test_learning_rates():

@@ -122,9 +122,10 @@ def test_losses_are_the_papers(model, num_objects):
     assert losses["loss_negative"].item() == pytest.approx(expected[1], rel=1e-9)
 
 
-def test_every_value_of_the_config_is_used(cfg):
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "iou", "giou"])
+def test_every_value_of_the_config_is_used(cfg, box_loss):
     """With other constants than the paper's, the losses are still those of the transcription."""
-    hyper = paper.Hyper(7, 0.3, 0.4, 0.5, 0.3, 1.5, (3.0, 4.0, 2.0, 1.0))
+    hyper = paper.Hyper(7, 0.3, 0.4, 0.5, 0.3, 1.5, (3.0, 4.0, 2.0, 1.0), box_loss=box_loss)
     cfg.merge_from_list(
         [
             *("MODEL.FREEANCHOR.PRE_ANCHOR_TOPK", hyper.k),
@@ -134,6 +135,7 @@ def test_every_value_of_the_config_is_used(cfg):
             *("MODEL.RETINANET.FOCAL_LOSS_ALPHA", hyper.alpha),
             *("MODEL.RETINANET.FOCAL_LOSS_GAMMA", hyper.gamma),
             *("MODEL.RETINANET.BBOX_REG_WEIGHTS", hyper.box_weights),
+            *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss),
         ]
     )
     model = build_model(cfg)
@@ -151,6 +153,29 @@ def test_every_value_of_the_config_is_used(cfg):
     )
     assert losses["loss_positive"].item() == pytest.approx(expected[0], rel=1e-9)
     assert losses["loss_negative"].item() == pytest.approx(expected[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("box_loss", ["iou", "giou"])
+def test_gradient_of_iou_in_the_likelihood(cfg, box_loss):
+    """Of deltas and logits, by differences; and in half precision within its rounding."""
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = box_loss
+    cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT = 5.5
+    model = build_model(cfg)
+    anchors = [Boxes(torch.tensor([[0.0, 0.0, 20.0, 16.0], [8.0, 5.0, 30.0, 33.0]]))]
+    logits = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    deltas = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    targets = [instances([[3.0, 2.0, 25.0, 30.0]], [1])]
+
+    def positive(logits, deltas):
+        return model.losses(anchors, [logits], [deltas], targets)["loss_positive"]
+
+    assert torch.autograd.gradcheck(positive, (logits, deltas))
+    expected = torch.autograd.grad(positive(logits, deltas), (logits, deltas))
+    half = [x.detach().bfloat16().requires_grad_() for x in (logits, deltas)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = torch.autograd.grad(positive(*half), half)
+    for mine, their in zip(grads, expected):
+        torch.testing.assert_close(mine.double(), their, rtol=0.1, atol=0.02)
 
 
 def test_normaliser_of_an_empty_batch(model):

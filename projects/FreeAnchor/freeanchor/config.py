@@ -47,9 +47,9 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK = 50
     # IoU of a predicted box with an object from which its anchor stops being pure background.
     cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD = 0.6
-    # Weight of the localisation loss inside exp(), which makes it a probability. 0.75 is of
-    # MODEL.RETINANET.BBOX_REG_LOSS_TYPE "smooth_l1"; set 5.5 with it at "giou" or "iou", whose losses
-    # are at most 2 and 1.
+    # Weight of the localisation loss inside exp(), which makes it a probability. 0.75 is for
+    # MODEL.RETINANET.BBOX_REG_LOSS_TYPE "smooth_l1". Set 5.5 where you set that to "giou" or "iou":
+    # these losses are at most 2 and 1.
     cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT = 0.75
 
     # Names of the classes, in the order of the model's outputs; empty: those of the first data set.

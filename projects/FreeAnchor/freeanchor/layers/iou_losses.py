@@ -42,6 +42,6 @@ def _area(start: Tensor, end: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 without a gradient where the whole is 0 or infinite."""
+    """Of two areas: 0 without a gradient where the whole is 0 or infinite."""
     valid = (whole > 0) & whole.isfinite()
     return torch.where(valid, part, 0) / torch.where(valid, whole, 1)

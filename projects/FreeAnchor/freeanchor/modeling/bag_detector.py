@@ -16,8 +16,8 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
 from ..layers import iou_topk, take
-from ..layers.losses import bag_logit
 from ..layers.iou_losses import IOU_LOSSES, iou_loss
+from ..layers.losses import bag_logit
 from ..layers.matching import (
     BoxCoding,
     Objects,
