@@ -153,18 +153,19 @@ def test_config_of_ltm_is_the_authors(prefix, name):
     is_points = prefix == "ltm_af_"
     assert depth == cfg.MODEL.RESNETS.DEPTH
     assert groups == (cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP)
+    assert (groups == (1, 64)) == cfg.MODEL.RESNETS.STRIDE_IN_1X1
     assert (iterations, sizes) == (cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TRAIN)
     steps = {90000: (60000, 80000), 180000: (120000, 160000)}
     assert steps[iterations] == cfg.SOLVER.STEPS
     sampling = "choice" if len(sizes) == 1 else "range"
     assert sampling == cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     assert (0.005 if is_points else rate) == cfg.SOLVER.BASE_LR
-    optimizer = build_optimizer(cfg, torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
-    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
-        (cfg.SOLVER.BASE_LR, 1e-4)
-    }
     clip = cfg.SOLVER.CLIP_GRADIENTS
     assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 10)
+    clip.ENABLED = False  # our step does it, not Detectron2's optimizer
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 32, 1), torch.nn.GroupNorm(32, 32))
+    groups = build_optimizer(cfg, layers).param_groups
+    assert {(x["lr"], x["weight_decay"]) for x in groups} == {(cfg.SOLVER.BASE_LR, 1e-4)}
     method = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT, cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
     assert method == ((5.5, "giou") if is_points else (0.5, "smooth_l1"))
     assert ("points" if is_points else "anchors") == cfg.MODEL.LTM.CANDIDATES

@@ -8,6 +8,7 @@ from detectron2.engine.defaults import DefaultPredictor
 from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import Boxes
 from freeanchor.checkpoint import Checkpointer
+from freeanchor.deploy.graph import Detector
 from freeanchor.layers.matching import decode_boxes
 from freeanchor.modeling import LTM, BagDetector, FreeAnchor, box_coding
 
@@ -290,3 +291,22 @@ def test_checkpoints(model, cfg, kind, tmp_path):
     assert len(predictor(image)["instances"]) > 0
     for a, b in zip(model.state_dict().values(), predictor.model.state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_exported_graph(model):
+    """It detects what the model detects, from points too."""
+    make_it_detect(model)
+    pixels = torch.randint(0, 256, (1, 96, 128, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        (expected,) = model([{"image": pixels[0].permute(2, 0, 1)}])
+        boxes, scores, labels = Detector(model, False, True, False)(pixels)
+    expected = expected["instances"]
+    count = len(expected)
+    assert count > 10
+    torch.testing.assert_close(scores[0, :count], expected.scores)
+    box_sums = (
+        boxes[0, :count].sum(1).sort().values,
+        expected.pred_boxes.tensor.sum(1).sort().values,
+    )
+    torch.testing.assert_close(*box_sums, rtol=1e-4, atol=1e-2)
+    assert labels[0, :count].bincount().tolist() == expected.pred_classes.bincount().tolist()

@@ -322,7 +322,8 @@ class BagDetector(RetinaNet):
             return matched_log_probability(bag_logits, bag_deltas, targets, weight, beta)
         predicted = decode_boxes(bag_deltas, bags.anchors, coding)
         distance = iou_loss(predicted, boxes, self.box_reg_loss_type)
-        return F.logsigmoid(bag_logits) - self.bbox_reg_weight * distance
+        log_prob: Tensor = F.logsigmoid(bag_logits) - self.bbox_reg_weight * distance
+        return log_prob
 
     @torch.no_grad()
     def match(
