@@ -310,3 +310,13 @@ def test_exported_graph(model):
     )
     torch.testing.assert_close(*box_sums, rtol=1e-4, atol=1e-2)
     assert labels[0, :count].bincount().tolist() == expected.pred_classes.bincount().tolist()
+
+
+def test_points_start_with_boxes():
+    """All of them with an area: from others neither ReLU nor IoU would have a gradient."""
+    model = build_model(quick_cfg("quick/ltm_af_R_18_FPN.yaml"))
+    features = [torch.randn(1, 64, n, n) for n in (16, 8, 4, 2, 1)]
+    _, distances = model.head(features)
+    assert all((x > 0.5).all() for x in distances)
+    sum(x.sum() for x in distances).backward()
+    assert (model.head.scales.grad != 0).all()

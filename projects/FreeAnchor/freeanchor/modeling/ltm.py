@@ -35,6 +35,9 @@ class PointHead(RetinaNetHead):
         """Build the head; arguments as of :class:`RetinaNetHead`."""
         super().__init__(input_shape=input_shape, **kwargs)
         self.scales = nn.Parameter(torch.ones(len(input_shape)))
+        # Boxes start as large as RetinaNet's anchors, of four strides. From boxes without area,
+        # where ReLU leaves the most of them else, neither ReLU nor IoU has a gradient.
+        nn.init.constant_(self.bbox_pred.bias, 2.0)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level, (N, C, H, W) logits and (N, 4, H, W) distances to the four sides."""
