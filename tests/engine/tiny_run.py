@@ -125,12 +125,12 @@ class Run:
 
 
 def result(output):
-    """The tensors of the last checkpoint of a run: weights, momentum and random numbers."""
+    """The tensors of the last checkpoint of a run: weights, optimiser and random numbers."""
     content = read_checkpoint(str(output / "model_final.pth"))
-    momentum = content["trainer"]["optimizer"]["state"]
+    optimizer = content["trainer"]["optimizer"]["state"]
     return {
         **content["model"],
-        **{f"momentum {i}": x["momentum_buffer"] for i, x in momentum.items()},
+        **{f"{name} {i}": x for i, state in optimizer.items() for name, x in state.items()},
         **{f"random {i}": x["torch"] for i, x in enumerate(content["random_states"])},
     }
 

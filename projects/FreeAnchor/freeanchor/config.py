@@ -109,6 +109,10 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # that loads data, before it is an error.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
+    # What makes the step: "SGD", Detectron2's, or "AdamW", whose learning rate is a hundredth.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the network under the pyramid, in the learning rate of all else.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
     # Parts that the batch of a process is computed in, one after another: less memory, same result.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Moving average of the weights, which is then evaluated and loaded: 0.999, say; 0 for none.

@@ -4,13 +4,17 @@ from .benchmark import Figures, Setting, benchmark, default_setting, to_markdown
 from .defaults import argument_parser, build_config, check, setup
 from .hooks import MatchingPictures
 from .launch import launch
+from .learning import LearningCheck, Progress, find_problem
 from .loader import TrainLoader
+from .optimizer import build_optimizer
 from .replay import replay
 from .trainer import Trainer, build_evaluator
 
 __all__ = [
     "Figures",
+    "LearningCheck",
     "MatchingPictures",
+    "Progress",
     "Setting",
     "TrainLoader",
     "Trainer",
@@ -18,8 +22,10 @@ __all__ = [
     "benchmark",
     "build_config",
     "build_evaluator",
+    "build_optimizer",
     "check",
     "default_setting",
+    "find_problem",
     "launch",
     "replay",
     "setup",

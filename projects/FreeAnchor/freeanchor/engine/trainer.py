@@ -25,8 +25,10 @@ from ..paths import file_stem
 from .checkpoints import BestCheckpointer, Checkpoints
 from .failures import explained_silence
 from .hooks import MatchingPictures
+from .learning import LearningCheck
 from .loader import TrainLoader
 from .metrics import MetricsWriter, TolerantWriter
+from .optimizer import build_optimizer
 from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
 from .step import TrainStep, without_ddp
@@ -202,12 +204,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":  # which the step clips itself
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer: torch.optim.Optimizer = super().build_optimizer(cfg, model)
-        return optimizer
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -262,6 +259,8 @@ class Trainer(DefaultTrainer):
 
         model = without_ddp(self.model)
         result: list[Any] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if isinstance(model, BagDetector):
+            result.append(LearningCheck(cfg, getattr(self.data_loader, "records", ())))
         if cfg.VIS_PERIOD > 0 and isinstance(model, BagDetector):
             # First, so that the writers among the others find its pictures.
             result.insert(0, MatchingPictures(model, cfg.VIS_PERIOD))

@@ -275,7 +275,8 @@ class BagDetector(RetinaNet):
 
     def _pairs(self, bags: Bags) -> Tensor:
         """(M, K) indices of the logits of the objects' classes at their bags, of (N, R, C)."""
-        return bags.row * self.num_classes + bags.objects.classes[:, None]
+        pairs: Tensor = bags.row * self.num_classes + bags.objects.classes[:, None]
+        return pairs
 
     @property
     def _box_coding(self) -> BoxCoding | None:

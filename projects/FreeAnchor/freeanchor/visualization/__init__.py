@@ -4,9 +4,10 @@ from .drawing import draw_curves, draw_detections, draw_matching, overlay_masks,
 from .page import VIEWER, data_element, make_page, read_asset
 from .pictures import match_images, write_pictures
 from .report import write_report
-from .runs import Run, read_detections, read_metrics, read_run
+from .runs import NOT_LEARNING, Run, read_detections, read_metrics, read_run
 
 __all__ = [
+    "NOT_LEARNING",
     "VIEWER",
     "Run",
     "data_element",

@@ -17,7 +17,15 @@ from .charts import COLORS, Line, confusion_table, line_chart, number, table
 from .drawing import curves
 from .gallery import gallery
 from .page import VIEWER, make_page, read_asset
-from .runs import MIN_IOU, Dataset, Run, read_dataset, read_metrics, recommended_scores
+from .runs import (
+    MIN_IOU,
+    NOT_LEARNING,
+    Dataset,
+    Run,
+    read_dataset,
+    read_metrics,
+    recommended_scores,
+)
 
 __all__ = ["write_report"]
 
@@ -213,6 +221,10 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float |
             f"<p>{html.escape(run.name)}: {run.cfg.MODEL.META_ARCHITECTURE}, {iterations} "
             f"iterations of {run.cfg.SOLVER.IMS_PER_BATCH} images.</p>"
         )
+        warning = Path(run.cfg.OUTPUT_DIR) / NOT_LEARNING
+        if warning.is_file():
+            text = warning.read_text(encoding="utf-8", errors="replace")
+            parts.append(f"<p><strong>{html.escape(text.strip())}</strong></p>")
     names = first.DATASETS.TEST
     count = -(-num_images // max(1, len(names)))
     max_bytes = max(_PICTURE_BYTES, _LEAST_PICTURE_BYTES * num_images) // max(1, len(names))

@@ -19,6 +19,7 @@ from ..paths import file_stem
 
 __all__ = [
     "MIN_IOU",
+    "NOT_LEARNING",
     "Dataset",
     "Run",
     "read_dataset",
@@ -30,6 +31,7 @@ __all__ = [
 
 MIN_IOU = 0.5  # of a hit
 _SCORE = 0.5  # where none is recommended
+NOT_LEARNING = "not_learning.txt"  # in the output folder: what is wrong, and what to try
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,168 @@
+"""Says, after a third of a run, that it does not learn, and what to try.
+
+FreeAnchor asks of an object's anchors for class and place at once. Where the learning rate or the
+schedule is wrong for the images, both losses still fall a little, as everything becomes background,
+and only the evaluation at the end shows that nothing was learned.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..data import best_anchor_iou, training_boxes
+from ..data.anchors import GOOD_IOU
+from ..errors import DatasetError
+from ..visualization import NOT_LEARNING
+
+__all__ = ["LearningCheck", "Progress", "find_problem"]
+
+logger = logging.getLogger(__name__)
+
+_LIKELIHOOD = "freeanchor/bag_likelihood"
+_LOCALIZED = "freeanchor/localized_objects"
+_FEWEST = 5  # values that a mean is of: a shorter run is not judged
+_GROWTH = 1.5
+_WINDOW = 0.1  # of the iterations until the check
+_FEW_EPOCHS = 5
+_MANY_UNFITTED = 0.2
+
+
+class Progress(NamedTuple):
+    """What a run logs of its matching: means over some iterations.
+
+    Attributes:
+        likelihood: of a bag, the geometric mean.
+        localized: the share of the objects that a predicted box overlaps.
+    """
+
+    likelihood: float
+    localized: float
+
+
+def find_problem(start: Progress, now: Progress) -> str:
+    """Say what is where it was at the start.
+
+    The likelihood of a bag has to be 1.5 times what it was. It is that after a fraction of the
+    iterations where a run learns (docs/finetune.md has figures). Fewer than half of the objects
+    that a box overlaps, and no more than before, is a problem too.
+
+    Returns:
+        The problem, or nothing.
+    """
+    if not now.likelihood > _GROWTH * start.likelihood:  # NaN is a problem
+        return (
+            f"the likelihood of a bag is {now.likelihood:.2g}, and was {start.likelihood:.2g} at "
+            "the start"
+        )
+    if now.localized < min(0.5, start.localized + 0.05):
+        return (
+            f"predicted boxes overlap {now.localized:.0%} of the objects, at the start "
+            f"{start.localized:.0%}"
+        )
+    return ""
+
+
+class LearningCheck(HookBase):
+    """Compares the matching after a third of the run with that at its start.
+
+    What is wrong is logged, and written into the output folder, where the report finds it.
+    """
+
+    def __init__(self, cfg: CfgNode, records: Any) -> None:
+        """Build the hook.
+
+        Args:
+            cfg: config of the run.
+            records: its images in Detectron2's standard format.
+        """
+        self.cfg, self.records = cfg, records
+        self.at = cfg.SOLVER.MAX_ITER // 3
+        self.window = int(self.at * _WINDOW)
+        self._start: Progress | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.window < _FEWEST or done not in (self.window, self.at):
+            return
+        now = self._progress(done - self.window)
+        if done == self.window:
+            self._start = now
+        elif self._start is not None and now is not None:
+            problem = find_problem(self._start, now)
+            self._report(self._sentence(problem) if problem else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._start is None else {"start": tuple(self._start)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "start" in state:
+            self._start = Progress(*state["start"])
+
+    def _progress(self, first: int) -> Progress | None:
+        """The means of what was logged since an iteration, if that is enough."""
+        histories = self.trainer.storage.histories()
+        means = []
+        for name in (_LIKELIHOOD, _LOCALIZED):
+            logged = histories[name].values() if name in histories else []
+            values = np.array([x for x, i in logged if i >= first])
+            if len(values) < _FEWEST:
+                return None
+            if name == _LIKELIHOOD:
+                values = np.log(np.maximum(values, 1e-12))
+            means.append(float(values.mean()))
+        return Progress(math.exp(means[0]), means[1])
+
+    def _report(self, sentence: str) -> None:
+        if not comm.is_main_process():
+            return
+        path = Path(self.cfg.OUTPUT_DIR) / NOT_LEARNING
+        if not sentence:
+            path.unlink(missing_ok=True)  # of an earlier run
+            return
+        logger.warning(sentence)
+        try:
+            path.write_text(sentence + "\n", encoding="utf-8")
+        except OSError as e:
+            logger.error(f"{path} cannot be written: {e}. The run goes on")
+
+    def _sentence(self, problem: str) -> str:
+        cfg = self.cfg
+        solver = cfg.SOLVER
+        parts = [f"SOLVER.BASE_LR {solver.BASE_LR / 4:.2g} instead of {solver.BASE_LR:g}"]
+        if not cfg.MODEL.WEIGHTS:
+            parts.append(
+                "pretrained weights, as configs/finetune has, because MODEL.WEIGHTS is empty"
+            )
+        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(1, len(self.records))
+        if epochs < _FEW_EPOCHS:
+            parts.append(
+                f"a larger SOLVER.MAX_ITER, because {solver.MAX_ITER} iterations see each image "
+                f"{epochs:.1f} times"
+            )
+        parts += self._size_advice()
+        return (
+            f"This run does not learn: after {self.at} of {solver.MAX_ITER} iterations {problem}. "
+            f"Try {'; '.join(parts)}"
+        )
+
+    def _size_advice(self) -> list[str]:
+        """What there is to say of the images' size, if many objects fit no anchor."""
+        try:
+            images = training_boxes(list(self.records), self.cfg)
+            unfitted = float((best_anchor_iou(images, self.cfg) < GOOD_IOU).mean())
+        except (DatasetError, KeyError, ValueError):  # no sizes, or anchors of another kind
+            return []
+        if unfitted < _MANY_UNFITTED:
+            return []
+        sizes = np.concatenate([np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)) for _, b in images])
+        return [
+            f"a larger INPUT.MIN_SIZE_TRAIN or the anchors of `freeanchor anchors`, because "
+            f"{unfitted:.0%} of the objects overlap no anchor by {GOOD_IOU} (half of them are "
+            f"smaller than {np.median(sizes):.0f} pixels in training)"
+        ]

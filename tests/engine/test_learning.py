@@ -1,0 +1,127 @@
+"""A run that does not learn says so, and one that learns does not."""
+
+import types
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.utils.events import EventStorage
+from freeanchor.engine import LearningCheck, Progress, Trainer, find_problem
+from freeanchor.visualization import NOT_LEARNING
+
+LENGTH = 300
+NOISE = 0.3  # of the likelihood's logarithm, from batch to batch
+
+
+@pytest.fixture
+def curve(cfg, dataset, tmp_path, caplog):
+    """Runs the check over synthetic curves of a run, and gives what it logs."""
+    cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR = LENGTH, str(tmp_path)
+    records = DatasetCatalog.get(dataset[0])
+
+    def run(likelihood, localized=lambda x: 0.9, stop=LENGTH, start=0, state=None):
+        caplog.clear()
+        rng = np.random.default_rng(0)
+        hook = LearningCheck(cfg, records)
+        hook.load_state_dict(state or {})
+        with EventStorage(start) as storage:
+            hook.trainer = types.SimpleNamespace(iter=start, storage=storage)
+            for i in range(start, stop):
+                hook.trainer.iter = i
+                storage.put_scalars(
+                    **{
+                        "freeanchor/bag_likelihood": likelihood(i) * np.exp(rng.normal() * NOISE),
+                        "freeanchor/localized_objects": localized(i),
+                    }
+                )
+                hook.after_step()
+                storage.step()
+        return caplog.text, hook.state_dict()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "localized", "expected"),
+    [
+        (lambda i: 0.004 + 0.0 * i, lambda i: 0.9, "likelihood of a bag is 0.00"),
+        (lambda i: 0.02 * 0.99**i, lambda i: 0.9, "likelihood of a bag is 0.00"),
+        (lambda i: 0.02 * 1.02**i, lambda i: 0.2, "overlap 20% of the objects, at the start 20%"),
+        (lambda i: 0.02 * 1.02**i, lambda i: 0.2 + 0.002 * i, ""),
+        (lambda i: 0.02 * 1.02**i, lambda i: 1.0, ""),
+        (lambda i: float("nan"), lambda i: 1.0, "likelihood of a bag is nan"),
+    ],
+    ids=["flat", "falling", "nowhere", "learns where", "learns", "NaN"],
+)
+def test_curves(curve, tmp_path, likelihood, localized, expected):
+    """Logged once and kept for the report; nothing is said of a run that learns."""
+    text, _ = curve(likelihood, localized)
+    assert text.count("does not learn") == bool(expected)
+    assert expected in text
+    path = tmp_path / NOT_LEARNING
+    assert path.exists() == bool(expected)
+    if expected:
+        assert path.read_text().strip() in text
+        assert "after 100 of 300 iterations" in text
+
+
+def test_what_to_try(curve, cfg):
+    """Only what fits the run: with weights, many epochs and fitting anchors, the learning rate."""
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 8, 0.02
+    text, _ = curve(lambda i: 0.01)
+    assert "SOLVER.BASE_LR 0.005 instead of 0.02" in text
+    assert "MODEL.WEIGHTS is empty" in text
+    assert "MAX_ITER," not in text
+    cfg.MODEL.WEIGHTS, cfg.SOLVER.IMS_PER_BATCH = "some.pth", 0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (8,), 8
+    text, _ = curve(lambda i: 0.01)
+    assert "MODEL.WEIGHTS" not in text
+    assert "300 iterations see each image 0.0 times" in text
+    assert "100% of the objects overlap no anchor by 0.5" in text
+
+
+def test_a_run_that_learns_clears_what_another_left(curve, tmp_path):
+    curve(lambda i: 0.01)
+    curve(lambda i: 0.01 * 1.05**i)
+    assert not (tmp_path / NOT_LEARNING).exists()
+
+
+def test_resumed_before_the_check(curve):
+    """A checkpoint holds what the start was like."""
+    _, state = curve(lambda i: 0.01, stop=60)
+    text, _ = curve(lambda i: 0.01, start=60, state=state)
+    assert "does not learn" in text
+    text, _ = curve(lambda i: 0.01, start=60)
+    assert not text
+
+
+def test_short_runs_and_other_losses_are_not_judged(curve, cfg):
+    cfg.SOLVER.MAX_ITER = 30
+    assert not curve(lambda i: 0.01)[0]
+    hook = LearningCheck(cfg, [])
+    hook.at, hook.window = 9, 5
+    with EventStorage() as storage:
+        hook.trainer = types.SimpleNamespace(iter=0, storage=storage)
+        for hook.trainer.iter in range(20):
+            hook.after_step()
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "is_problem"),
+    [
+        # As measured, see docs/finetune.md.
+        (Progress(0.02, 1.0), Progress(0.07, 1.0), False),
+        (Progress(0.004, 0.4), Progress(0.004, 0.4), True),
+    ],
+)
+def test_measured_runs(start, now, is_problem):
+    assert bool(find_problem(start, now)) == is_problem
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("FreeAnchor", 1), ("RetinaNet", 0)])
+def test_trainer_checks_a_freeanchor(cfg, dataset, tmp_path, architecture, expected):
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset[0],), (), str(tmp_path)
+    found = [x for x in Trainer(cfg)._hooks if isinstance(x, LearningCheck)]
+    assert len(found) == expected
+    assert all(len(hook.records) for hook in found)
