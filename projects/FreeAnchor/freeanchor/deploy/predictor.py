@@ -250,7 +250,6 @@ class Predictor:
             )
         return [names[str(x)] for x in classes]
 
-    @torch.no_grad()
     def _scored_parts(self) -> list[Any]:
         """What gives scores: the model, or the predictors of its ROI heads."""
         if not is_two_stage(self.cfg):
@@ -258,6 +257,7 @@ class Predictor:
         predictors: Any = self.model.roi_heads.box_predictor
         return [*predictors] if isinstance(predictors, nn.ModuleList) else [predictors]
 
+    @torch.no_grad()
     def _detect_only(self, classes: list[int]) -> None:
         """Give all other classes score 0, so that they take no place among the detections."""
         if is_two_stage(self.cfg):
