@@ -320,3 +320,18 @@ def test_points_start_with_boxes():
     assert all((x > 0.5).all() for x in distances)
     sum(x.sum() for x in distances).backward()
     assert (model.head.scales.grad != 0).all()
+
+
+def test_training(model, cfg):
+    """The losses of a batch fall while it is trained on."""
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.002)
+    image = {"image": torch.randint(0, 256, (3, 96, 96)), "instances": targets()[0]}
+    totals = []
+    for _ in range(6):
+        total = sum(model([image] * 2).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+        totals.append(total.item())
+    assert min(totals[1:]) < 0.98 * totals[0]
