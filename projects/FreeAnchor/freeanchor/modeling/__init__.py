@@ -2,7 +2,8 @@
 
 from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
-from .bag_detector import BagDetector, Matching, box_coding, has_bags
+from .bag_detector import BagDetector, box_coding, has_bags
+from .bags import Matching
 from .inference import candidates, dense_detector, detect
 from .ltm import LTM
 from .meta_arch import FreeAnchor

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,60 +28,17 @@ from ..layers.matching import (
 from ..layers.regions import ignored_anchors, without_ignored
 from .anchors import RoundedAnchorGenerator
 from .backbone import TopBlock
+from .bags import BagLosses, Bags, Matching, Predictions
 from .host_and_device import DelayedScalars, to_device
 from .inclusive_corners import from_inclusive_corners, to_inclusive_corners
 from .inference import detect
 from .normalizer import Normalizer
 
-__all__ = ["BagDetector", "BagLosses", "Bags", "Matching", "Predictions", "box_coding", "has_bags"]
+__all__ = ["BagDetector", "box_coding", "has_bags"]
 
 _FIRST_LOGGED = "freeanchor/objects_per_image"
 # As Detectron2's RetinaNet assigns anchors.
 _RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
-
-
-class Matching(NamedTuple):
-    """How the M objects of an image are matched, for pictures.
-
-    Attributes:
-        boxes: (M, 4) objects.
-        anchors: (M, K, 4) bags.
-        prob: (M, K) matched probabilities P_ij^cls * P_ij^loc.
-        assigned: per object, (n, 4) anchors that Detectron2's RetinaNet would train for it.
-        assigned_iou: per object, (n,) their IoU with it.
-    """
-
-    boxes: Tensor
-    anchors: Tensor
-    prob: Tensor
-    assigned: list[Tensor]
-    assigned_iou: list[Tensor]
-
-
-class Bags(NamedTuple):
-    """The bags of the M objects of a batch; indices as in :mod:`freeanchor.layers.matching`."""
-
-    levels: list[Tensor]  # anchors, as the search takes them
-    objects: Objects
-    row: Tensor  # (M, K) of (N, R)
-    anchors: Tensor  # (M, K, 4)
-
-
-class Predictions(NamedTuple):
-    """What the head gave for a batch: per level (N, ..., D), all of one dtype."""
-
-    logits: list[Tensor]
-    background: list[Tensor]  # the logits, without what ignore regions leave out
-    deltas: list[Tensor]
-
-
-class BagLosses(NamedTuple):
-    """What the losses of a method are, and what of them is logged."""
-
-    losses: dict[str, Tensor]
-    log_prob: Tensor  # (M, K) of the matched probabilities
-    positive: Tensor  # (M,) -log Mean-max
-    max_iou: Tensor  # (M,) highest IoU of a predicted box
 
 
 def has_bags(cfg: CfgNode) -> bool:

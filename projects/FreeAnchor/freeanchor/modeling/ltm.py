@@ -19,7 +19,8 @@ from ..layers.ltm import (
     precision_bag_loss,
 )
 from ..layers.matching import BoxCoding, Objects, box_iou, decode_boxes
-from .bag_detector import BagDetector, BagLosses, Bags, Predictions
+from .bag_detector import BagDetector
+from .bags import BagLosses, Bags, Predictions
 
 __all__ = ["LTM", "PointHead"]
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..layers import negative_bag_loss
 from ..layers.losses import positive_bag_loss
-from .bag_detector import BagDetector, BagLosses, Bags, Predictions
+from .bag_detector import BagDetector
+from .bags import BagLosses, Bags, Predictions
 
 __all__ = ["FreeAnchor"]
 
