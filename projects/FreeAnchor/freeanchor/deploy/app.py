@@ -308,7 +308,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
     ) -> dict[str, Any]:
         """Match an object, whose box is given, in the picture that is the body."""
         if not has_bags:
-            kind = type(predictor.model).__name__
+            kind = predictor.cfg.MODEL.META_ARCHITECTURE
             raise RefusedError(404, "bags", f"The model is a {kind}, which has no bags")
 
         def work(pixels: _Pixels) -> dict[str, Any]:
