@@ -68,6 +68,7 @@ class Slow:
     """A model that takes its time: until it is told to go on."""
 
     model, class_names, confidence, cfg = None, ("a",), 0.05, quick_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
 
     def __init__(self):
         self.is_called, self.may_go_on = threading.Event(), threading.Event()
