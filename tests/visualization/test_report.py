@@ -17,7 +17,7 @@ from freeanchor import data, engine
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import write_checkpoint
 from freeanchor.errors import FileError
-from freeanchor.visualization import gallery, write_pictures, write_report
+from freeanchor.visualization import NOT_LEARNING, gallery, write_pictures, write_report
 from PIL import Image
 from torch import nn
 
@@ -95,11 +95,12 @@ class Page(html.parser.HTMLParser):
 def test_page(run):
     """Valid, with the last figures, all pictures inside and nothing from elsewhere."""
     cfg, _, output = run
+    (output / NOT_LEARNING).write_text("This run does not <learn>\n")
     path = write_report([cfg], num_images=2, score_thresh=0.5)
     assert path == output / "report.html"
     page = Page(path)
     assert page.open == []
-    for expected in ("a <run>", "12.3", "77.7", "41.5", "42.5", "43.5", "44.5"):
+    for expected in ("a <run>", "does not <learn>", "12.3", "77.7", "41.5", "42.5", "43.5", "44.5"):
         assert expected in page.text
     assert page.text.index("<b> 99.0") < page.text.index("class 4 1.2") < page.text.index("never -")
     assert "40 iterations of 4 images" in page.text
