@@ -109,12 +109,12 @@ def test_short_runs_and_other_losses_are_not_judged(curve, cfg):
 @pytest.mark.parametrize(
     ("start", "now", "is_problem"),
     [
-        # As measured, see docs/finetune.md.
+        # As in a run that learned, and one that stood still.
         (Progress(0.02, 1.0), Progress(0.07, 1.0), False),
         (Progress(0.004, 0.4), Progress(0.004, 0.4), True),
     ],
 )
-def test_measured_runs(start, now, is_problem):
+def test_typical_runs(start, now, is_problem):
     assert bool(find_problem(start, now)) == is_problem
 
 
