@@ -149,7 +149,7 @@ def measure_busy(runs):
         yield Row(title, "ms", their_busy, theirs)
         for loop, core in zip(loops, cores):
             os.sched_setaffinity(loop.pid, [core])
-        # Not the default: a step of it can take a minute.
+        # Without GNU's default, whose steps take too long there to wait for.
         (busy,) = alternate_children(max(3, runs // 3), children[:1])
         title = "quick config, 2 threads, busy over quiet, each loop on its core: time"
         yield Row(title, "ms", busy, ours)

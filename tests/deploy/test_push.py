@@ -32,7 +32,7 @@ def run(run_folder, tmp_path):
     write_thresholds(folder, state, found)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["DATASETS"]["TEST"] = ["a|b"]
-    config["OUTPUT_DIR"] = "/home/somebody/secret"
+    config["OUTPUT_DIR"] = "/srv/somebody/secret"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     record = {"iteration": 40, "bbox/AP": 12.34, "bbox/AP-<b>": 56.78}
     (folder / "metrics.json").write_text(json.dumps(record) + "\n")

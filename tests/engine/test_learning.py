@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
-from freeanchor.engine import LearningCheck, Progress, Trainer, find_problem
+from freeanchor.engine import LearningCheck, Trainer
 from freeanchor.visualization import NOT_LEARNING
 
 LENGTH = 300
@@ -104,18 +104,6 @@ def test_short_runs_and_other_losses_are_not_judged(curve, cfg):
         hook.trainer = types.SimpleNamespace(iter=0, storage=storage)
         for hook.trainer.iter in range(20):
             hook.after_step()
-
-
-@pytest.mark.parametrize(
-    ("start", "now", "is_problem"),
-    [
-        # As in a run that learned, and one that stood still.
-        (Progress(0.02, 1.0), Progress(0.07, 1.0), False),
-        (Progress(0.004, 0.4), Progress(0.004, 0.4), True),
-    ],
-)
-def test_typical_runs(start, now, is_problem):
-    assert bool(find_problem(start, now)) == is_problem
 
 
 @pytest.mark.parametrize(("architecture", "expected"), [("FreeAnchor", 1), ("RetinaNet", 0)])

@@ -109,9 +109,9 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # that loads data, before it is an error.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
-    # What makes the step: "SGD", Detectron2's, or "AdamW", whose learning rate is a hundredth.
+    # What makes the step: "SGD", Detectron2's, or "AdamW", which wants a lower learning rate.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Learning rate of the network under the pyramid, in the learning rate of all else.
+    # Learning rate of the network under the pyramid, as a multiple of that of all else.
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
     # Parts that the batch of a process is computed in, one after another: less memory, same result.
     cfg.SOLVER.ACCUMULATION_STEPS = 1

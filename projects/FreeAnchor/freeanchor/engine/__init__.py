@@ -4,7 +4,7 @@ from .benchmark import Figures, Setting, benchmark, default_setting, to_markdown
 from .defaults import argument_parser, build_config, check, setup
 from .hooks import MatchingPictures
 from .launch import launch
-from .learning import LearningCheck, Progress, find_problem
+from .learning import LearningCheck
 from .loader import TrainLoader
 from .optimizer import build_optimizer
 from .replay import replay
@@ -14,7 +14,6 @@ __all__ = [
     "Figures",
     "LearningCheck",
     "MatchingPictures",
-    "Progress",
     "Setting",
     "TrainLoader",
     "Trainer",
@@ -25,7 +24,6 @@ __all__ = [
     "build_optimizer",
     "check",
     "default_setting",
-    "find_problem",
     "launch",
     "replay",
     "setup",

@@ -20,7 +20,7 @@ from ..data.anchors import GOOD_IOU
 from ..errors import DatasetError
 from ..visualization import NOT_LEARNING
 
-__all__ = ["LearningCheck", "Progress", "find_problem"]
+__all__ = ["LearningCheck"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _FEW_EPOCHS = 5
 _MANY_UNFITTED = 0.2
 
 
-class Progress(NamedTuple):
+class _Progress(NamedTuple):
     """What a run logs of its matching: means over some iterations.
 
     Attributes:
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     localized: float
 
 
-def find_problem(start: Progress, now: Progress) -> str:
+def _find_problem(start: _Progress, now: _Progress) -> str:
     """Say what is where it was at the start.
 
     The likelihood of a bag has to be 1.5 times what it was. It is that after a fraction of the
@@ -84,7 +84,7 @@ class LearningCheck(HookBase):
         self.cfg, self.records = cfg, records
         self.at = cfg.SOLVER.MAX_ITER // 3
         self.window = int(self.at * _WINDOW)
-        self._start: Progress | None = None
+        self._start: _Progress | None = None
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -94,7 +94,7 @@ class LearningCheck(HookBase):
         if done == self.window:
             self._start = now
         elif self._start is not None and now is not None:
-            problem = find_problem(self._start, now)
+            problem = _find_problem(self._start, now)
             self._report(self._sentence(problem) if problem else "")
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,9 +102,9 @@ class LearningCheck(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "start" in state:
-            self._start = Progress(*state["start"])
+            self._start = _Progress(*state["start"])
 
-    def _progress(self, first: int) -> Progress | None:
+    def _progress(self, first: int) -> _Progress | None:
         """The means of what was logged since an iteration, if that is enough."""
         histories = self.trainer.storage.histories()
         means = []
@@ -116,7 +116,7 @@ class LearningCheck(HookBase):
             if name == _LIKELIHOOD:
                 values = np.log(np.maximum(values, 1e-12))
             means.append(float(values.mean()))
-        return Progress(math.exp(means[0]), means[1])
+        return _Progress(math.exp(means[0]), means[1])
 
     def _report(self, sentence: str) -> None:
         if not comm.is_main_process():
