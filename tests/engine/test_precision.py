@@ -221,9 +221,13 @@ def test_gradients_on_small_maps(cfg, size, layout):
         (nn.Conv2d(16, 8, 1, stride=2), 9, False),
         (nn.Conv2d(8, 8, 1), 9, False),
         (nn.Conv2d(8, 8, 3, stride=2, padding=1), 3, False),
+        (nn.Conv2d(8, 8, 5, padding=2, groups=8), 9, True),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8), 9, True),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), 9, False),
+        (nn.Conv2d(16, 16, 5, padding=2, groups=4), 9, False),
     ],
 )
-def test_float32_where_bfloat16_is_unsafe(cfg, layer, size, exact):
+def test_float32_where_bfloat16_is_unsafe_or_slow(cfg, layer, size, exact):
     """There the weights are not rounded, and elsewhere they are."""
     layer = copy.deepcopy(layer)
     x = torch.randn(2, layer.in_channels, size, size).bfloat16()
@@ -231,6 +235,28 @@ def test_float32_where_bfloat16_is_unsafe(cfg, layer, size, exact):
     precision.optimize(configure(cfg, *MIXED), layer)
     with precision.autocast(cfg):
         assert torch.equal(layer(x), expected) == exact
+        if layer.groups > 1:  # which is slow in the backward pass alone
+            with torch.no_grad():
+                assert not torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_group_norm(cfg, channels):
+    """In channels-last, values, gradients and the layout of the output are those of PyTorch's."""
+    layer = nn.GroupNorm(32, channels)
+    nn.init.normal_(layer.weight)
+    other = copy.deepcopy(layer)
+    precision.optimize(configure(cfg, "MODEL.MEMORY_FORMAT", "channels_last"), layer)
+    x = torch.randn(2, channels, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
+    y, expected = layer(x), other(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    for one, two in zip(
+        torch.autograd.grad(y, (x, *layer.parameters()), grad),
+        torch.autograd.grad(expected, (x, *other.parameters()), grad),
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 class _LargeFloats(TorchDispatchMode):

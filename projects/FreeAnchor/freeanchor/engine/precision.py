@@ -15,6 +15,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from ..errors import FreeAnchorError
+from ..modeling.optimize import use_contiguous_group_norm
 from ..modeling.precision import choose_precision
 
 __all__ = ["autocast", "inference_autocast", "optimize"]
@@ -65,20 +66,25 @@ def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-class _SafeInBfloat16(nn.Conv2d):
-    """A convolution that computes in float32, also within autocast, what oneDNN does wrong.
+class _Bfloat16Conv2d(nn.Conv2d):
+    """A convolution in float32, also within autocast, where oneDNN is wrong or slow in bfloat16.
 
-    Version 3.10 (PyTorch 2.11), in bfloat16: on maps smaller than the kernel, the gradient of
+    Version 3.10 (PyTorch 2.11): on maps smaller than the kernel, the gradient of
     weights that no pixel reaches is not written, so it is what was in memory before (with stride 2
     on a map one pixel wide). And the gradient of a 1 x 1 convolution with a stride and fewer than
-    16 channels is written past its end.
+    16 channels is written past its end. The gradients of a depthwise convolution that has a stride
+    or is larger than 3 x 3 take 2 to 40 times as long as in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         is_small = min(x.shape[-2:]) < max(2, *self.kernel_size)
         is_narrow = self.in_channels < 16 and max(self.kernel_size) == 1 < max(self.stride)
-        if not (is_small or is_narrow) or not torch.is_autocast_enabled(device):
+        is_depthwise = self.groups == self.in_channels > 1
+        is_trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        is_slow = is_depthwise and is_trained and max(self.kernel_size) * max(self.stride) > 3
+        in_float32 = is_small or is_narrow or is_slow
+        if not in_float32 or not torch.is_autocast_enabled(device):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -108,10 +114,11 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 kind = type(module)
-                module.__class__ = type(kind.__name__, (_SafeInBfloat16, kind), {})
+                module.__class__ = type(kind.__name__, (_Bfloat16Conv2d, kind), {})
     if wanted == "auto":
         wanted = "channels_last" if is_bfloat16_on_cpu else "contiguous"
     if wanted == "channels_last":
+        use_contiguous_group_norm(model)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.MODEL.COMPILE:
         for name in ("backbone", "head"):

@@ -15,7 +15,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..errors import FreeAnchorError
 from .precision import choose_precision
 
-__all__ = ["InferenceSettings", "fold_batch_norm", "inference_settings", "optimize_inference"]
+__all__ = [
+    "InferenceSettings",
+    "fold_batch_norm",
+    "inference_settings",
+    "optimize_inference",
+    "use_contiguous_group_norm",
+]
 
 _NORMS: Any = (FrozenBatchNorm2d, nn.BatchNorm2d)
 
@@ -71,6 +77,25 @@ def fold_batch_norm(model: nn.Module) -> None:
         conv.norm = None
 
 
+class _ContiguousGroupNorm(nn.GroupNorm):
+    """A group norm that has NCHW in memory, and leaves the layout of its input as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.is_contiguous():
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def use_contiguous_group_norm(model: nn.Module) -> None:
+    """Let narrow group norms of a model in channels-last compute in NCHW, where it is on a CPU.
+
+    With fewer than 8 channels in a group, PyTorch's takes 2 to 10 times as long in channels-last.
+    """
+    for module in model.modules():
+        if type(module) is nn.GroupNorm and module.num_channels < 8 * module.num_groups:
+            module.__class__ = _ContiguousGroupNorm
+
+
 def optimize_inference(
     model: RetinaNet | GeneralizedRCNN,
     dtype: torch.dtype = torch.float32,
@@ -88,6 +113,8 @@ def optimize_inference(
             each size of image.
     """
     fold_batch_norm(model)
+    if channels_last:
+        use_contiguous_group_norm(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def to_layout(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
