@@ -9,7 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from freeanchor import data
-from freeanchor.errors import DatasetError
+from freeanchor.errors import DatasetError, FreeAnchorError
 from PIL import Image
 
 PIXELS = {"L": 1, "RGBA": 4, "CMYK": 4}
@@ -55,6 +55,41 @@ def test_resizing_more_than_three_channels(cfg, records):
     assert image.shape == (4, 30, 40)
     assert (image[:3] - 200).abs().max() < 0.01
     assert (image[3] == 0).all()
+
+
+@pytest.mark.parametrize("scales", [(0.2, 0.6), (1.0, 1.0), (1.5, 3.0)])
+def test_scale_jitter(cfg, records, scales):
+    """A square; the boxes stay on what they are of, and objects out of sight are left out."""
+    cfg.INPUT.SCALE_JITTER, cfg.INPUT.MAX_SIZE_TRAIN = scales, 128
+    mapper = data.Mapper(cfg, is_train=True)
+    pixels = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels[10:30, 40:60] = 255
+    Image.fromarray(pixels).save(records[0]["file_name"])
+    record = {**records[0], "annotations": [{**records[0]["annotations"][0]}]}
+    record["annotations"][0]["bbox"] = [40, 10, 20, 20]
+    sizes, numbers = set(), set()
+    for seed in range(20):
+        np.random.seed(seed)
+        mapped = mapper(record)
+        assert mapped["image"].shape == (3, 128, 128)
+        y, x = (mapped["image"][0] > 192).nonzero().T
+        boxes = mapped["instances"].gt_boxes.tensor
+        numbers.add(len(boxes))
+        if len(x) < 20:  # none, or a sliver of which interpolation leaves nothing
+            assert len(boxes) == 0 or min(boxes[0, 2:] - boxes[0, :2]) < 3
+            continue
+        found = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        torch.testing.assert_close(boxes[0], found.float(), rtol=0, atol=2.5)
+        sizes.add(round(float((boxes[0, 2:] - boxes[0, :2]).max()), 1))
+    assert all(x <= 20 * 2 * scales[1] + 0.5 for x in sizes)
+    assert (len(sizes) == 1) == (scales[0] == scales[1])
+    assert numbers == ({0, 1} if scales[1] > 1 else {1})
+
+
+def test_bad_scale_jitter(cfg):
+    cfg.INPUT.SCALE_JITTER = [2.0, 0.1]
+    with pytest.raises(FreeAnchorError, match=r"INPUT\.SCALE_JITTER must be two scales"):
+        data.Mapper(cfg, is_train=True)
 
 
 def test_unknown_format():

@@ -100,6 +100,10 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.MODEL.MEMORY_FORMAT = "auto"
     # Whether torch.compile compiles backbone and head. It takes minutes before the first iteration.
     cfg.MODEL.COMPILE = False
+    # Two scales, as (0.1, 2.0), for large-scale jitter: a training image is resized by a random
+    # multiple, between them, of what makes it fit into a square of MAX_SIZE_TRAIN, and then cropped
+    # and padded to that square. MIN_SIZE_TRAIN has no meaning then. Empty for none.
+    cfg.INPUT.SCALE_JITTER = []
     # The value of 16-bit, 32-bit and float images that becomes 255; 0: 65535 for 16 bits, and the
     # others are refused.
     cfg.INPUT.MAX_VALUE = 0.0

@@ -21,7 +21,7 @@ from detectron2.data.detection_utils import (
 )
 from detectron2.structures import Boxes, BoxMode
 
-from ..errors import DatasetError
+from ..errors import DatasetError, FreeAnchorError
 from .images import ImageReader
 from .masks import to_rle
 
@@ -70,8 +70,11 @@ class Mapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        options = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.SCALE_JITTER:
+            options["augmentations"] = _with_scale_jitter(cfg, options["augmentations"])
         return {
-            **super().from_config(cfg, is_train),
+            **options,
             "reader": ImageReader.from_config(cfg),
             "max_broken": cfg.DATALOADER.MAX_BROKEN_IMAGES,
             "ignore_regions": cfg.MODEL.FREEANCHOR.IGNORE_REGIONS,
@@ -158,6 +161,21 @@ class Mapper(DatasetMapper):
         except OSError:  # of a disk or a network, which may be back
             time.sleep(_RETRY_SECONDS)
             return self.reader.read(path)
+
+
+def _with_scale_jitter(cfg: CfgNode, augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
+    """Large-scale jitter (https://arxiv.org/abs/2012.07177) in place of the resizing."""
+    scales, size = cfg.INPUT.SCALE_JITTER, cfg.INPUT.MAX_SIZE_TRAIN
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+        raise FreeAnchorError(
+            f"INPUT.SCALE_JITTER must be two scales, the smaller first, got {scales}"
+        )
+    jitter = [T.ResizeScale(*scales, size, size), T.FixedSizeCrop((size, size))]
+    result: list[T.Augmentation] = []
+    for augmentation in augmentations:
+        is_resize = isinstance(augmentation, T.ResizeShortestEdge)
+        result += jitter if is_resize else [augmentation]
+    return result
 
 
 def _regions(
