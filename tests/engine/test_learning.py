@@ -65,6 +65,26 @@ def test_curves(curve, tmp_path, likelihood, localized, expected):
         assert "after 100 of 300 iterations" in text
 
 
+@pytest.mark.parametrize(
+    ("size", "start", "options", "expected"),
+    [
+        (160, 0, [], False),
+        (8, 0, [], True),
+        (8, 7, [], False),  # said when the run began
+        (8, 0, ["MODEL.META_ARCHITECTURE", "LTM", "MODEL.LTM.CANDIDATES", "points"], False),
+    ],
+)
+def test_anchors_that_do_not_fit(cfg, dataset, caplog, size, start, options, expected):
+    """Said before a run, with the share of the objects and what proposes better ones."""
+    cfg.merge_from_list(options)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (size,), size
+    hook = LearningCheck(cfg, DatasetCatalog.get(dataset[0]))
+    hook.trainer = types.SimpleNamespace(start_iter=start)
+    hook.before_train()
+    assert ("100% of the objects overlap no anchor by 0.5" in caplog.text) == expected
+    assert ("`freeanchor anchors` proposes" in caplog.text) == expected
+
+
 def test_what_to_try(curve, cfg):
     """Only what fits the run: with weights, many epochs and fitting anchors, the learning rate."""
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 8, 0.02

@@ -1,5 +1,7 @@
 """Says, after a third of a run, that it does not learn, and what to try.
 
+Anchors that fit few of the objects are said before it.
+
 FreeAnchor asks of an object's anchors for class and place at once. Where the learning rate or the
 schedule is wrong for the images, both losses still fall a little, as everything becomes background,
 and only the evaluation at the end shows that nothing was learned.
@@ -31,6 +33,8 @@ _GROWTH = 1.5
 _WINDOW = 0.1  # of the iterations until the check
 _FEW_EPOCHS = 5
 _MANY_UNFITTED = 0.2
+_MOST_UNFITTED = 0.5
+_IMAGES_LOOKED_AT = 500
 
 
 class _Progress(NamedTuple):
@@ -43,6 +47,24 @@ class _Progress(NamedTuple):
 
     likelihood: float
     localized: float
+
+
+class _AnchorFit(NamedTuple):
+    """How the anchors fit the objects of a training set.
+
+    Attributes:
+        unfitted: the share of the objects that no anchor overlaps by 0.5.
+        size: the median of the square root of their areas, in pixels of the training.
+    """
+
+    unfitted: float
+    size: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.unfitted:.0%} of the objects overlap no anchor by {GOOD_IOU} (half of them "
+            f"are smaller than {self.size:.0f} pixels in training)"
+        )
 
 
 def _find_problem(start: _Progress, now: _Progress) -> str:
@@ -85,6 +107,16 @@ class LearningCheck(HookBase):
         self.at = cfg.SOLVER.MAX_ITER // 3
         self.window = int(self.at * _WINDOW)
         self._start: _Progress | None = None
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 or not comm.is_main_process():
+            return
+        fit = self._anchor_fit()
+        if fit is not None and fit.unfitted > _MOST_UNFITTED:
+            logger.warning(
+                f"{fit}. A larger INPUT.MIN_SIZE_TRAIN may help, or anchors that fit: "
+                "`freeanchor anchors` proposes some"
+            )
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -153,16 +185,21 @@ class LearningCheck(HookBase):
 
     def _size_advice(self) -> list[str]:
         """What there is to say of the images' size, if many objects fit no anchor."""
+        fit = self._anchor_fit()
+        if fit is None or fit.unfitted < _MANY_UNFITTED:
+            return []
+        return [f"a larger INPUT.MIN_SIZE_TRAIN or the anchors of `freeanchor anchors`, as {fit}"]
+
+    def _anchor_fit(self) -> _AnchorFit | None:
+        """How the config's anchors fit, where it has any and the data say how large images are."""
+        model = self.cfg.MODEL
+        if model.META_ARCHITECTURE == "LTM" and model.LTM.CANDIDATES == "points":
+            return None
+        records = list(self.records)
         try:
-            images = training_boxes(list(self.records), self.cfg)
+            images = training_boxes(records[:: max(1, len(records) // _IMAGES_LOOKED_AT)], self.cfg)
             unfitted = float((best_anchor_iou(images, self.cfg) < GOOD_IOU).mean())
-        except (DatasetError, KeyError, ValueError):  # no sizes, or anchors of another kind
-            return []
-        if unfitted < _MANY_UNFITTED:
-            return []
+        except (DatasetError, KeyError, ValueError):
+            return None
         sizes = np.concatenate([np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)) for _, b in images])
-        return [
-            f"a larger INPUT.MIN_SIZE_TRAIN or the anchors of `freeanchor anchors`, because "
-            f"{unfitted:.0%} of the objects overlap no anchor by {GOOD_IOU} (half of them are "
-            f"smaller than {np.median(sizes):.0f} pixels in training)"
-        ]
+        return _AnchorFit(unfitted, float(np.median(sizes)))
