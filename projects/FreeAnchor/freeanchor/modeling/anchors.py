@@ -1,13 +1,14 @@
-"""Anchors of other implementations than Detectron2's RetinaNet, whose areas are exact."""
+"""Anchors: where they are made, and those of another implementation than Detectron2's."""
 
 from typing import Any
 
 import torch
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.anchor_generator import BufferList, DefaultAnchorGenerator
-from torch import Tensor
+from detectron2.structures import Boxes
+from torch import Tensor, nn
 
-__all__ = ["RoundedAnchorGenerator"]
+__all__ = ["RoundedAnchorGenerator", "generate_anchors"]
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -35,3 +36,14 @@ def _rounded_cell_anchors(stride: int, sizes: list[float], aspect_ratios: list[f
     shapes = torch.stack([widths, (widths * ratios).round()], dim=1)  # of one cell
     half = shapes * torch.tensor(sizes, dtype=torch.float64)[:, None, None] / (2 * stride)
     return torch.cat([-half, half], dim=2).flatten(0, 1).float()
+
+
+def generate_anchors(generator: nn.Module, features: list[Tensor]) -> list[Boxes]:
+    """The anchors of each level, made on the device of the features.
+
+    Detectron2's main branch would count their positions on the CPU and copy them in each step,
+    which waits for a GPU.
+    """
+    with features[0].device:
+        anchors: list[Boxes] = generator(features)
+    return anchors

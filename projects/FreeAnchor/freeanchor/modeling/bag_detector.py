@@ -26,7 +26,7 @@ from ..layers.matching import (
     matched_log_probability,
 )
 from ..layers.regions import ignored_anchors, without_ignored
-from .anchors import RoundedAnchorGenerator
+from .anchors import RoundedAnchorGenerator, generate_anchors
 from .backbone import TopBlock
 from .bags import BagLosses, Bags, Matching, Predictions
 from .host_and_device import DelayedScalars, to_device
@@ -156,7 +156,7 @@ class BagDetector(RetinaNet):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         pred_logits, pred_anchor_deltas = self._by_anchor(predictions)
-        anchors = self.anchor_generator(features)
+        anchors = generate_anchors(self.anchor_generator, features)
         # Who has losses of an own with the stable signature need not know of regions.
         regions = [self._regions] if self.ignore_regions else []
         return self.losses(anchors, pred_logits, pred_anchor_deltas, gt_instances, *regions)
@@ -340,7 +340,9 @@ class BagDetector(RetinaNet):
         features = [features[name] for name in self.head_in_features]
         logits, deltas = self._by_anchor(self.head(features))
         objects = [x["instances"].to(self.device) for x in batched_inputs]
-        return self.match(self.anchor_generator(features), logits, deltas, objects)
+        return self.match(
+            generate_anchors(self.anchor_generator, features), logits, deltas, objects
+        )
 
     def _training_storage(self) -> EventStorage | None:
         """Where a training step logs, None in what is none, see :meth:`losses`."""

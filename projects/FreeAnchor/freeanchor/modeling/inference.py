@@ -14,6 +14,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .anchors import generate_anchors
+
 __all__ = ["candidates", "dense_detector", "detect"]
 
 # Logits in a block. Larger ones make the first pass a little faster and the second one slower.
@@ -79,7 +81,7 @@ def candidates(
     Yields:
         Per image, `pred_boxes`, `scores` and `pred_classes`, in the size of the network's input.
     """
-    anchors = model.anchor_generator(features)
+    anchors = generate_anchors(model.anchor_generator, features)
     logits, deltas = predictions
     flat = [_flatten(x) for x in logits]
     best = [None if topk is None else top_indices(x, topk) for x in flat]
