@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import freeanchor  # isort: skip  # makes Detectron2 importable
@@ -17,20 +18,22 @@ from conftest import instances, quick_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from freeanchor import data
 from freeanchor.engine import Trainer
+from freeanchor.engine.optimizer import build_optimizer
 from freeanchor.engine.processes import join_others
 from freeanchor.engine.step import TrainStep, without_ddp
 from tiny_run import TINY_MODEL
 
 # Objects in each image of a batch: its processes get every second or third.
 FEW_AND_MANY = (1, 10, 1, 10)
-WITH_EMPTY = (2, 0, 5, 1, 0, 3)  # in two processes and in three, one has no objects at all
+WITH_EMPTY = (2, 0, 5, 0, 0, 0)  # in two processes and in three, one has no objects at all
 NO_OBJECTS = (0, 0, 0, 0, 0, 0)
+# No two objects of a class in an image: their bags share no pair of anchor and class.
+APART = (2, 0, 3, 0, 0, 0)
 
 
 def fork(function, count, *arguments):
@@ -65,36 +68,45 @@ def fork(function, count, *arguments):
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(count)]
 
 
-def gradients(counts, normalizer, norm="", steps=1, part=(0, 1)):
+def gradients(
+    counts, normalizer, norm="", steps=1, part=(0, 1), config="free_anchor", without=None
+):
     """The gradient of a batch, in this group of processes, in float64.
 
     Args:
         counts: objects in each image.
         normalizer: `MODEL.FREEANCHOR.NORMALIZER`.
         norm: of all layers.
-        steps: `SOLVER.ACCUMULATION_STEPS`.
+        steps: `SOLVER.ACCUMULATION_STEPS`, of the images that as many processes would have.
         part: (first, step): this process's images, as a slice, where it is alone.
+        config: the beginning of a quick config's name.
+        without: the name of a loss that is left out.
     """
-    cfg = quick_cfg()
+    cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
     cfg.merge_from_list(TINY_MODEL)
     cfg.MODEL.FREEANCHOR.NORMALIZER, cfg.SOLVER.ACCUMULATION_STEPS = normalizer, steps
     for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.RETINANET):
         node.NORM = norm
     torch.manual_seed(0)
     model = build_model(cfg).double()
+    if without is not None:
+        model.register_forward_hook(
+            lambda _, inputs, losses: {k: v for k, v in losses.items() if k != without}
+        )
     generator = torch.Generator().manual_seed(1)
     batch = []
     for count in counts:
         corner = torch.rand(count, 2, generator=generator) * 40
         boxes = torch.cat([corner, corner + 8 + torch.rand(count, 2, generator=generator) * 16], 1)
-        classes = torch.randint(3, (count,), generator=generator)
+        classes = torch.arange(count) % 3
         image = torch.randint(256, (3, 64, 64), generator=generator)
         batch.append({"image": image, "instances": instances(boxes, classes)})
     if comm.get_world_size() > 1:
         part = comm.get_rank(), comm.get_world_size()
     ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
     step = TrainStep(cfg, ddp_model, [], build_optimizer(cfg, model))
-    step.forward_backward(batch[part[0] :: part[1]])
+    batch = batch[part[0] :: part[1]]
+    step.forward_backward([x for i in range(steps) for x in batch[i::steps]])
     return {name: x.grad for name, x in without_ddp(model).named_parameters()}
 
 
@@ -140,6 +152,26 @@ def evaluation(triple):
     return {task: {k: repr(v) for k, v in x.items()} for task, x in results.items()}
 
 
+def compare_ltm(config):
+    """The gradient of LTM in two processes against that of one, see docs/methods.md."""
+
+    def compare(counts, one, **arguments):
+        found = fork(partial(gradients, config=config, **arguments), 2, counts, "global")
+        return max(largest_difference(x, one) for x in found)
+
+    def alone(counts, **arguments):
+        return fork(partial(gradients, config=config, **arguments), 1, counts, "global")[0]
+
+    in_bags = {"without": "loss_background"}
+    return {
+        "apart": compare(APART, alone(APART)),
+        "no objects": compare(NO_OBJECTS, alone(NO_OBJECTS)),
+        "shared": compare(FEW_AND_MANY, alone(FEW_AND_MANY)),
+        "shared, in bags": compare(FEW_AND_MANY, alone(FEW_AND_MANY, **in_bags), **in_bags),
+        "shared, in parts": compare(FEW_AND_MANY, alone(FEW_AND_MANY, steps=2)),
+    }
+
+
 def main(folder):
     torch.set_num_threads(1)
     results = {}
@@ -165,6 +197,8 @@ def main(folder):
         results[f"accumulated, {processes} processes"] = max(
             largest_difference(x, whole[FEW_AND_MANY]) for x in found
         )
+    for config in ("ltm", "ltm_af"):
+        results |= {f"{config}, {name}": x for name, x in compare_ltm(config).items()}
     data.write_shapes(folder, num_train=1, num_val=5, seed=0)
     triple = ("shapes", str(folder / "val.json"), str(folder / "images"))
     results["evaluation"] = [fork(evaluation, count, triple)[0] for count in (1, 2, 3)]

@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 from freeanchor.engine.processes import adopt_slurm
 
 HERE = Path(__file__).parent
+LTM_CASES = ("apart", "no objects", "shared", "shared, in bags", "shared, in parts")
 # For processes that share two cores with others.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
 
@@ -54,6 +55,17 @@ def test_local_gradient_is_the_mean(results):
 def test_accumulated_gradient_is_that_of_one_batch(results, processes):
     """In parts with 2 and 20 objects."""
     assert results[f"accumulated, {processes} processes"] < 1e-5
+
+
+@pytest.mark.parametrize("config", ["ltm", "ltm_af"])
+def test_gradient_of_ltm(results, config):
+    """That of one batch where bags share no pair, else but for the pairs that background is over.
+
+    Also where a process has no objects, or none has.
+    """
+    found = {name: results[f"{config}, {name}"] for name in LTM_CASES}
+    assert found.pop("shared") > 1e-3  # the background alone
+    assert all(difference < 1e-5 for difference in found.values()), found
 
 
 def test_evaluation_in_processes(results):
