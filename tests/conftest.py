@@ -82,11 +82,13 @@ def make_it_detect(model):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # statistics of the one batch below
-    predictors = {model.head.cls_score: (-4.2, 0.7), model.head.bbox_pred: (0.0, 0.7)}
+    head = model.head
+    boxes = float(head.bbox_pred.bias[0])  # 0 for deltas, not for distances
+    predictors = {head.cls_score: (-4.2, 0.7), head.bbox_pred: (boxes, 0.7)}
     for predictor in predictors:
         torch.nn.init.normal_(predictor.weight)
     features = model.train().backbone(torch.randn(4, 3, 128, 160))
-    outputs = model.head([features[name] for name in model.head_in_features])
+    outputs = head([features[name] for name in model.head_in_features])
     for levels, (predictor, (mean, std)) in zip(outputs, predictors.items()):
         predictor.weight *= std / levels[0].std()
         predictor.bias.fill_(mean)

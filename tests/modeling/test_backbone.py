@@ -16,8 +16,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 
-def build(*options):
-    cfg = quick_cfg()  # with batch norm, which one small image is too little for
+def build(*options, config="free_anchor"):
+    # With batch norm, which one small image is too little for.
+    cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
     for key in ("MODEL.FPN.NORM", "MODEL.RETINANET.NORM"):
         cfg.merge_from_list([key, ""])
     cfg.merge_from_list(["MODEL.RESNETS.NORM", "FrozenBN", *options])
@@ -117,23 +118,24 @@ def inclusive(x, scale):
     return x1, x2 + 1
 
 
+@pytest.mark.parametrize("config", ["free_anchor", "ltm", "ltm_af"])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])
-def test_inclusive_corners_in_training(monkeypatch, scale):
+def test_inclusive_corners_in_training(monkeypatch, scale, config):
     """Ground truth is what the repository's `resize` makes of it, and the input is left alone."""
     original, width, height = [10.0, 20.0, 30.0, 20.4], int(64 * scale), int(48 * scale)
     target = instances([[v * scale for v in original]], [1], (height, width))
     batch = [{"image": torch.zeros(3, height, width), "instances": target}]
     batch[0].update(width=64, height=48)
     before = copy.deepcopy(target.gt_boxes.tensor)
-    model, seen = build("MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True).train(), []
-    losses = model.losses
+    model = build("MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True, config=config).train()
+    seen, losses = [], model.losses
 
     def spy(anchors, logits, deltas, gt_instances):
         seen.extend(x.gt_boxes.tensor for x in gt_instances)
         return losses(anchors, logits, deltas, gt_instances)
 
     monkeypatch.setattr(model, "losses", spy)
-    model(batch)
+    assert all(x.isfinite() for x in model(batch).values())
     (x1, x2), (y1, y2) = inclusive((10, 30), scale), inclusive((20, 20.4), scale)
     # 0.4 pixels are less than one, which is as little as the repository has
     expected = torch.tensor([[x1, y1, x2, max(y2, y1 + 1)]])
@@ -167,12 +169,15 @@ def test_inclusive_corners_after_a_crop(monkeypatch, tmp_path):
         model([image])
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, 1.75])
-def test_inclusive_corners_in_inference(scale):
+@pytest.mark.parametrize(
+    ("scale", "config"),
+    [*((x, "free_anchor") for x in (0.5, 1.0, 1.75)), (0.5, "ltm"), (0.5, "ltm_af")],
+)
+def test_inclusive_corners_in_inference(scale, config):
     """Detections are those of the repository: they undo what training does."""
     options = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.NMS_THRESH_TEST", 0.3)
-    plain = build(*options)
-    ours = build(*options, "MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True)
+    plain = build(*options, config=config)
+    ours = build(*options, "MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True, config=config)
     ours.load_state_dict(plain.state_dict())
     height, width = int(480 * scale), int(640 * scale)
     image = torch.randint(0, 256, (3, height, width)).float()

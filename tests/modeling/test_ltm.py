@@ -9,7 +9,8 @@ from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import Boxes
 from freeanchor.checkpoint import Checkpointer
 from freeanchor.deploy.graph import Detector
-from freeanchor.layers.matching import decode_boxes
+from freeanchor.layers.ltm import matched_in_bag
+from freeanchor.layers.matching import box_iou, decode_boxes
 from freeanchor.modeling import LTM, BagDetector, FreeAnchor, box_coding
 
 FEATURES = [torch.zeros(1, 1, 8 >> i or 1, 8 >> i or 1) for i in range(5)]  # of 64 x 64 pixels
@@ -129,6 +130,30 @@ def test_no_gradient_of_deltas_but_through_the_likelihood(model):
     rest = losses["loss_negative"] + losses["loss_background"]
     grads = torch.autograd.grad(rest, deltas, allow_unused=True)
     assert all(x is None or not x.any() for x in grads)
+
+
+@pytest.mark.parametrize("region", [None, [[0, 0, 12, 12]]])
+def test_gradient_of_the_whole_loss(model, monkeypatch, region):
+    """That of differences, of all three terms together, with P{a in A+} as it is.
+
+    Of objects that share candidates and of an image without any, with and without a region.
+    """
+    features = [torch.zeros(1, 1, *size) for size in ((2, 1), (1, 1), (1, 1), (1, 1), (1, 1))]
+    anchors, logits, deltas = predictions(model, features=features)
+    objects = targets([([[2, 3, 14, 20], [1, 4, 14, 22], [3, 3, 12, 18]], [1, 1, 0]), ([], [])])
+    regions = [None, None if region is None else torch.tensor(region, dtype=torch.float32)]
+    bags = model._bags(anchors, logits, deltas, objects)
+    predicted = decode_boxes(
+        model._bag_deltas(bags, deltas), bags.anchors, box_coding(model.box2box_transform)
+    )
+    found = matched_in_bag(box_iou(bags.objects.boxes[:, None], predicted), model._pairs(bags))
+    assert 0 < found[1].sum() < found[1].numel()  # some pairs are of two objects
+    monkeypatch.setattr("freeanchor.modeling.ltm.matched_in_bag", lambda iou, pairs: found)
+
+    def total(*leaves):
+        return sum(model.losses(anchors, leaves[:5], leaves[5:], objects, regions).values())
+
+    assert torch.autograd.gradcheck(total, (*logits, *deltas))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

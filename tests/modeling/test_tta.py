@@ -16,6 +16,8 @@ from freeanchor.modeling import MultiScaleTest
 from PIL import Image
 from torchvision.ops import nms
 
+CONFIGS = ["free_anchor", "ltm", "ltm_af"]
+
 
 def same(found, expected):
     for name in ("scores", "pred_classes"):
@@ -28,8 +30,8 @@ def same(found, expected):
 def scene(tmp_path):
     """A model that detects something, a file, and the input that the mapper makes of it."""
 
-    def make(min_sizes, *options, shape=(120, 160)):
-        cfg = quick_cfg()
+    def make(min_sizes, *options, shape=(120, 160), config="free_anchor"):
+        cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
         cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 96, "TEST.AUG.MIN_SIZES", min_sizes, *options])
         torch.manual_seed(1)
         model = build_model(cfg).eval()
@@ -43,25 +45,27 @@ def scene(tmp_path):
     return make
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("inclusive", [False, True])
 @torch.no_grad()
-def test_one_scale_is_the_model_itself(scene, inclusive):
+def test_one_scale_is_the_model_itself(scene, inclusive, config):
     """Bit for bit, from the file and from the image alone."""
     options = ("TEST.AUG.FLIP", False, "MODEL.FREEANCHOR.INCLUSIVE_CORNERS", inclusive)
-    cfg, model, image = scene((96,), *options)
+    cfg, model, image = scene((96,), *options, config=config)
     (expected,) = model([image])
     (found,) = MultiScaleTest(cfg, model)([image])
-    assert len(found["instances"]) > 20
+    assert len(found["instances"]) > 10
     same(found["instances"], expected["instances"])
     del image["file_name"]
     (found,) = MultiScaleTest(cfg, model)([image])
     same(found["instances"], expected["instances"])
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
-def test_scales_and_flips_go_into_one_nms(scene, monkeypatch):
+def test_scales_and_flips_go_into_one_nms(scene, monkeypatch, config):
     """The result is that of NMS over what the model finds at each scale and in the mirror."""
-    cfg, model, image = scene((96, 128, 64), "TEST.AUG.FLIP", True)
+    cfg, model, image = scene((96, 128, 64), "TEST.AUG.FLIP", True, config=config)
     found = MultiScaleTest(cfg, model)([image])[0]["instances"]
 
     def resize_only(found, height, width):  # NMS is before boxes are clipped
@@ -91,6 +95,7 @@ def test_scales_and_flips_go_into_one_nms(scene, monkeypatch):
         (scores[i].item(), c, boxes[i])
         for c in range(3)
         for i in (classes == c).nonzero()[:, 0][nms(boxes[classes == c], scores[classes == c], 0.5)]
+        if Boxes(boxes[i : i + 1]).nonempty()  # distances may be 0
     ]
     kept.sort(key=lambda x: -x[0])
     assert len(found) == min(100, len(kept))
