@@ -116,6 +116,7 @@ def test_config_is_the_official_one(path):
         "CLASS_NAMES": [],
         "P6_IN_FEATURE": "res5",
         "P7_RELU": True,
+        "P6P7_NORM": False,
         "INCLUSIVE_CORNERS": False,
         "IGNORE_REGIONS": False,
         "NORMALIZER": "local",  # as the published results were obtained
@@ -170,6 +171,7 @@ def test_config_of_ltm_is_the_authors(prefix, name):
     assert method == ((5.5, "giou") if is_points else (0.5, "smooth_l1"))
     assert ("points" if is_points else "anchors") == cfg.MODEL.LTM.CANDIDATES
     assert cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK == 40
+    assert is_points == cfg.MODEL.FREEANCHOR.P6P7_NORM
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,37 @@ def test_top_levels(p6_from, relu):
     assert model.backbone.output_shape()["p7"].stride == 128
 
 
+def test_normalised_top_levels():
+    """As P3 to P5: the convolutions of what the keys name, without a bias, and the norm."""
+    model = build(
+        *("MODEL.FREEANCHOR.P6P7_NORM", True, "MODEL.FREEANCHOR.P7_RELU", False),
+        *("MODEL.FPN.NORM", "GN"),
+    )
+    block = model.backbone.top_block
+    for conv, like in ((block.p6, model.backbone.fpn_output5), (block.p7, block.p6)):
+        assert type(conv.norm) is type(like.norm) is torch.nn.GroupNorm
+        assert conv.norm.num_groups == like.norm.num_groups
+        assert conv.bias is None
+        torch.nn.init.normal_(conv.norm.weight)
+    found = features(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        source = model.backbone.bottom_up(torch.randn(1, 3, 64, 96))["res5"]
+        for name, conv in (("p6", block.p6), ("p7", block.p7)):
+            source = conv.norm(F.conv2d(source, conv.weight, None, 2, 1))
+            torch.testing.assert_close(found[name], source)
+    assert model.backbone.output_shape()["p7"].stride == 128
+
+
 def test_unknown_source_of_p6():
     """The two that there are, are named."""
     with pytest.raises(ValueError, match="must be res5 or p5, got 'res4'"):
         build("MODEL.FREEANCHOR.P6_IN_FEATURE", "res4")
 
 
-@pytest.mark.parametrize(("key", "value"), [("P6_IN_FEATURE", "p5"), ("P7_RELU", False)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("P6_IN_FEATURE", "p5"), ("P7_RELU", False), ("P6P7_NORM", True)]
+)
 def test_backbone_that_ignores_the_keys(key, value):
     """Weights that need them would detect something else, without a word."""
     name = ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")

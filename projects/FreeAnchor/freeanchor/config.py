@@ -66,10 +66,12 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # How models of other implementations differ from Detectron2's RetinaNet; see also
     # RoundedAnchorGenerator, a name for MODEL.ANCHOR_GENERATOR.NAME.
     # Feature that P6 is computed from: "res5" (Detectron2, MMDetection) or "p5" (the paper's
-    # repository). This and the next key need the backbone build_freeanchor_resnet_fpn_backbone.
+    # repository). This and the next two need the backbone build_freeanchor_resnet_fpn_backbone.
     cfg.MODEL.FREEANCHOR.P6_IN_FEATURE = "res5"
     # Whether P7 is computed from ReLU(P6) or, as in MMDetection, from P6.
     cfg.MODEL.FREEANCHOR.P7_RELU = True
+    # Whether P6 and P7 have MODEL.FPN.NORM as P3 to P5 do, which neither has in Detectron2.
+    cfg.MODEL.FREEANCHOR.P6P7_NORM = False
     # Whether boxes end on their last pixel, as in the paper's repository, instead of behind it.
     # The two conventions differ by a fraction of a pixel where an image is resized.
     cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS = False

@@ -1,16 +1,17 @@
 """Feature pyramids of other implementations than Detectron2's RetinaNet.
 
 Detectron2 computes P6 from res5 and P7 from ReLU(P6). The paper's repository computes P6 from P5,
-MMDetection computes P7 from P6 as it is. The keys are in :mod:`freeanchor.config`; the defaults are
-Detectron2's.
+MMDetection computes P7 from P6 as it is, LTM without anchors normalises both. The keys are in
+:mod:`freeanchor.config`; the defaults are Detectron2's.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
+from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,9 @@ __all__ = ["TopBlock", "build_freeanchor_resnet_fpn_backbone", "build_top_block"
 class TopBlock(LastLevelP6P7):
     """P6 and P7 of the feature pyramid."""
 
-    def __init__(self, in_channels: int, out_channels: int, in_feature: str, relu: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, in_feature: str, relu: bool, norm: str = ""
+    ) -> None:
         """Build the two convolutions.
 
         Args:
@@ -28,9 +31,16 @@ class TopBlock(LastLevelP6P7):
             out_channels: channels of P6 and P7.
             in_feature: what P6 is computed from, "res5" or "p5".
             relu: whether P7 is computed from ReLU(P6) or from P6.
+            norm: of both, see :func:`detectron2.layers.get_norm`; they have a bias without one.
         """
         super().__init__(in_channels, out_channels, in_feature)
         self.relu = relu
+        if norm:
+            for name, channels in (("p6", in_channels), ("p7", out_channels)):
+                layer = get_norm(norm, out_channels)
+                conv = Conv2d(channels, out_channels, 3, 2, 1, bias=False, norm=layer)
+                c2_xavier_fill(conv)
+                setattr(self, name, conv)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute [P6, P7] from the input feature, each of half the size of the one before."""
@@ -42,18 +52,20 @@ def build_top_block(cfg: Any, bottom_up: Mapping[str, ShapeSpec]) -> TopBlock:
     """Build P6 and P7 as the keys of FreeAnchor say.
 
     Args:
-        cfg: its `MODEL.FREEANCHOR.{P6_IN_FEATURE, P7_RELU}`.
+        cfg: its `MODEL.FREEANCHOR.{P6_IN_FEATURE, P6P7_NORM, P7_RELU}`.
         bottom_up: the features that the pyramid is built on.
 
     Raises:
         ValueError: P6_IN_FEATURE is neither of the two that there are.
     """
-    in_feature = cfg.MODEL.FREEANCHOR.P6_IN_FEATURE
+    keys = cfg.MODEL.FREEANCHOR
+    in_feature = keys.P6_IN_FEATURE
     if in_feature not in ("res5", "p5"):
         raise ValueError(f"MODEL.FREEANCHOR.P6_IN_FEATURE must be res5 or p5, got {in_feature!r}")
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
     in_channels = out_channels if in_feature == "p5" else bottom_up["res5"].channels
-    return TopBlock(in_channels, out_channels, in_feature, cfg.MODEL.FREEANCHOR.P7_RELU)
+    norm = cfg.MODEL.FPN.NORM if keys.P6P7_NORM else ""
+    return TopBlock(in_channels, out_channels, in_feature, keys.P7_RELU, norm)
 
 
 @BACKBONE_REGISTRY.register()

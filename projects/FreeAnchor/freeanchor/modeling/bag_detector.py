@@ -125,11 +125,12 @@ class BagDetector(RetinaNet):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         ret: dict[str, Any] = super().from_config(cfg)
         keys = cfg.MODEL.FREEANCHOR
-        is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU
+        is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU and not keys.P6P7_NORM
         if not is_default and not isinstance(getattr(ret["backbone"], "top_block", None), TopBlock):
             raise ValueError(
                 f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} ignores MODEL.FREEANCHOR."
-                "P6_IN_FEATURE and P7_RELU: set it to build_freeanchor_resnet_fpn_backbone"
+                "P6_IN_FEATURE, P6P7_NORM and P7_RELU: set it to "
+                "build_freeanchor_resnet_fpn_backbone"
             )
         ret["anchor_matcher"] = None  # objects choose their anchors, no IoU rule does
         ret["pre_anchor_topk"] = cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK
