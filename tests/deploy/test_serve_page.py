@@ -5,7 +5,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from chromium import PATH, Chromium
+from detectron2.structures import Boxes, Instances
+from freeanchor.data import decode_mask
 from test_serve import LIMITS, NOISE, Slow, encode, in_thread, send, serving
 
 pytestmark = pytest.mark.skipif(PATH is None, reason="needs Chromium")
@@ -177,3 +180,41 @@ def test_busy_server(browser, tmp_path):
         thread.join()
         browser.wait("document.getElementById('status').textContent.includes('done')")
         assert browser.run("document.getElementById('errors').textContent") == ""
+
+
+class Masked(Slow):
+    """A model that finds the same two masks in every picture."""
+
+    cfg = Slow.cfg.clone()
+    cfg.MODEL.MASK_ON = True
+
+    def __call__(self, images):
+        found = Instances(images[0].shape[:2])
+        found.pred_boxes = Boxes(torch.tensor([[0.0, 0, 20, 30], [10, 10, 40, 40]]))
+        found.scores, found.pred_classes = torch.tensor([0.9, 0.6]), torch.tensor([0, 0])
+        found.pred_masks = torch.zeros(2, *found.image_size, dtype=torch.bool)
+        found.pred_masks[0, :30, :10] = found.pred_masks[1, 10:40, 20:40] = True
+        return [found]
+
+
+def test_masks(browser, tmp_path):
+    """They are drawn with the boxes that are shown, and downloaded with them."""
+    with serving(Masked()) as port:
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.wait("document.getElementById('limits').textContent !== ''")
+        (tmp_path / "a.png").write_bytes(encode(np.zeros((50, 80, 3), np.uint8)))
+        drop(browser, tmp_path / "a.png")
+        browser.wait("document.querySelectorAll('.mask').length === 2")
+        slide(browser, 0.7)
+        browser.wait("document.querySelectorAll('.mask').length === 1")
+        browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.run("document.getElementById('download').click()")
+        path, end = tmp_path / "detections.json", time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        (annotation,) = json.loads(path.read_text())["annotations"]
+        expected = np.zeros((50, 80), bool)
+        expected[:30, :10] = True
+        assert (decode_mask(annotation["segmentation"], (80, 50)) == expected).all()
+        assert annotation["area"] == 300

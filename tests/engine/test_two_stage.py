@@ -3,15 +3,18 @@
 import json
 import re
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, quick_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer
-from freeanchor.data import write_shapes
+from freeanchor.data import decode_mask, encode_mask, write_shapes
 from freeanchor.deploy import Predictor
+from freeanchor.deploy.app import detect
 from freeanchor.errors import FreeAnchorError
 from freeanchor.visualization import read_metrics
 from PIL import Image
@@ -63,6 +66,23 @@ def test_from_training_to_pictures(train_net, arguments, shapes, tmp_path):
     assert json.loads(results.read_text()) == first
 
     main(["visualize", str(output), *map(str, sets), "--num-images", "1", "--checkpoints"])
+    main(["report", str(output), *map(str, sets), "--num-images", "2"])
+    text = (output / "report.html").read_text()
+    content = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text).group(1)
+    viewer = json.loads(content)
+    assert viewer["hasMasks"]
+    assert not viewer["hasBags"]
+    truth = {x["image_id"]: x["annotations"] for x in DatasetCatalog.get("val")}
+    for picture in viewer["images"]:
+        number = int(picture["name"][-5])
+        (found,) = picture["found"]
+        mine = sorted((x for x in first if x["image_id"] == number), key=lambda x: -x["score"])
+        assert len(found) > 5
+        expected = [x["segmentation"] for x in mine[: len(found)]]
+        assert [row[6] for row in found] == expected
+        masks = [decode_mask(x["segmentation"], (256, 256)) for x in truth[number]]
+        assert [row[6] for row in picture["truth"]] == [encode_mask(x) for x in masks]
+
     image = shapes / "images" / "val_00001.png"
     out = tmp_path / "predictions"
     options = ["--confidence", "0.0", "--classes", "ring", "--formats", "pictures", "coco"]
@@ -77,6 +97,11 @@ def test_from_training_to_pictures(train_net, arguments, shapes, tmp_path):
     scores = sorted((x["score"] for x in found), reverse=True)  # as without --classes
     for a, b in zip(sorted((x["score"] for x in every), reverse=True), scores):
         assert a == pytest.approx(b, abs=1e-4)
+    predictor = Predictor(output, device="cpu", confidence=0.0)
+    pixels = cv2.imread(str(image))
+    answer, (expected,) = detect(predictor, pixels), predictor([pixels])
+    for detection, mask in zip(answer["detections"], expected.pred_masks.numpy(), strict=True):
+        assert (decode_mask(detection["segmentation"], (256, 256)) == mask).all()
     amp = ["TEST.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
     half = Predictor(output, device="cpu", confidence=0.0, options=amp)
     (instances,) = half([image])

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from freeanchor import data, engine
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import write_checkpoint
+from freeanchor.data import encode_mask
 from freeanchor.errors import FileError
 from freeanchor.visualization import NOT_LEARNING, gallery, write_pictures, write_report
 from PIL import Image
@@ -157,7 +158,7 @@ def test_bags_of_the_objects(run):
 def test_bags_that_do_not_fit(run, monkeypatch):
     """They are left out, those of the last images first."""
     cfg, _, _ = run
-    monkeypatch.setattr(gallery, "_BAG_SHARE", 0.0003)
+    monkeypatch.setattr(gallery, "_OVERLAY_SHARE", 0.0003)
     (viewer,) = Page(write_report([cfg], num_images=4, score_thresh=0.5)).viewers
     assert sorted(len(x["bags"][0]) for x in viewer["images"]) == [0, 0, 0, 1]
     assert viewer["images"][0]["bags"][0]
@@ -182,7 +183,7 @@ def test_images_of_every_kind(run):
 
 
 def test_fifty_images_fit_into_five_megabytes(run, coco, tmp_path):
-    """Of photographs with more detail than any has, and with many detections each."""
+    """Of photographs with more detail than any has, and with many detections and masks each."""
     cfg, _, output = run
     name, annotations, folder = coco(name="large", num_images=50)
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
@@ -202,13 +203,21 @@ def test_fifty_images_fit_into_five_megabytes(run, coco, tmp_path):
         for i in range(1, 51)
         for _ in range(100)
     ]
+    mask = encode_mask(np.add(*np.ogrid[:600, :900]) % 200 < 50)
+    for detection in found[::5]:
+        detection["segmentation"] = mask
     (output / "inference" / "large").mkdir()
     (output / "inference" / "large" / "coco_instances_results.json").write_text(json.dumps(found))
     cfg.DATASETS.TEST = ("large",)
     (output / "model_final.pth").unlink()
+    cfg.MODEL.MASK_ON = True
     path = write_report([cfg], num_images=50, score_thresh=0.5)
-    assert len(Page(path).viewers[0]["images"]) == 50
-    assert 2_000_000 < path.stat().st_size < 5_000_000 - 1_000_000
+    (viewer,) = Page(path).viewers
+    assert len(viewer["images"]) == 50
+    for image in viewer["images"]:
+        masks = [row[6] is not None for row in image["found"][0]]
+        assert (sum(masks), len(masks)) == (20, 100)
+    assert 2_000_000 < path.stat().st_size < 5_000_000
 
 
 def test_page_of_two_runs(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from chromium import PATH, Chromium
 from conftest import random_image
+from freeanchor.data import decode_mask, encode_mask
 from freeanchor.evaluation import outcomes
 from freeanchor.visualization import VIEWER, data_element, make_page, page, read_asset
 
@@ -115,6 +117,53 @@ def test_boxes_as_coco_json():
     }
 
 
+@needs_node
+def test_masks_in_the_page():
+    """Their pixels are those of the mask, and the areas and encodings of the json are COCO's."""
+    rng = np.random.default_rng(0)
+    masks = [rng.random((37, 23)) < share for share in (0, 0.02, 0.5, 0.98, 1)]
+    big = np.zeros((900, 1300), bool)
+    big[300:, 200:900] = big[10, 1299] = True
+    masks += [big, ~big]
+    encoded = [encode_mask(x) for x in masks]
+    paths = in_node("data.map(Boxes.maskPath)", encoded)
+    for mask, path in zip(masks, paths, strict=True):
+        found = np.zeros_like(mask)
+        for x, y, n in re.findall(r"M(\d+) (\d+)h1v(\d+)h-1z", path):
+            column = found[int(y) : int(y) + int(n), int(x)]
+            assert len(column) == int(n)  # within the mask
+            assert not column.any()
+            column[:] = True
+        assert (found == mask).all()
+    boxes = [{"x0": 0, "y0": 0, "x1": 9, "y1": 9, "label": 0, "score": 1, "mask": encoded[2]}]
+    data = {"classes": [{"id": 1, "name": "a"}], "images": [{"name": "a", "boxes": boxes}]}
+    (annotation,) = in_node("Boxes.toCoco(data.classes, data.images)", data)["annotations"]
+    assert annotation["segmentation"] == encoded[2]
+    assert annotation["area"] == masks[2].sum()
+
+
+def test_masks_fit():
+    """Coarser where they are many, at the same place; as they are where they are few."""
+    masks = []
+    for x, y in np.random.default_rng(1).integers(0, 400, (60, 2)):
+        ys, xs = np.ogrid[:450, :600]
+        masks.append((xs - x) ** 2 + (ys - y) ** 2 < 80**2)
+    encoded = [None, *map(encode_mask, masks)]
+    assert page.fit_masks(encoded, (600, 450), 1_000_000) == encoded
+    for limit in (20_000, 7_000):
+        fitted = page.fit_masks(encoded, (600, 450), limit)
+        assert limit / 4 < len(data_element("", fitted)) <= limit
+        assert fitted[0] is None
+        for mask, other in zip(masks, fitted[1:], strict=True):
+            rows, columns = other["size"]
+            assert rows / columns == pytest.approx(450 / 600, rel=0.02)
+            small = decode_mask(other, (columns, rows))
+            large = np.repeat(np.repeat(small, 450 // rows + 1, 0), 600 // columns + 1, 1)
+            ys, xs = (np.arange(n) * m // n for n, m in zip((450, 600), large.shape))
+            both = large[ys[:, None], xs]
+            assert (both & mask).sum() / (both | mask).sum() > 0.85
+
+
 def test_pictures_fit():
     """The address of a picture is as long as allowed, whatever the picture; small ones stay."""
     noise = np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)
@@ -133,6 +182,10 @@ def test_data_cannot_leave_its_element():
     assert json.loads(element[start:end]) == data
 
 
+# At half the size of its picture, where it is from 20, 20 to 40, 60.
+_PIXELS = np.zeros((50, 100), bool)
+_PIXELS[10:30, 10:20] = True
+MASK = encode_mask(_PIXELS)
 HOSTILE = "<img src=x onerror=alert(1)> $x_ 細胞"
 
 
@@ -152,7 +205,7 @@ def shown(browser, tmp_path):
     images = [
         {"name": name, "width": 200, "height": 100, "src": source, "truth": truth, "found": [found]}
         for name, found in (
-            ("all.jpg", [[10, 10, 60, 60, 0, 0.9], [120, 20, 180, 80, 1, 0.8]]),
+            ("all.jpg", [[10, 10, 60, 60, 0, 0.9, MASK], [120, 20, 180, 80, 1, 0.8]]),
             (HOSTILE, [[10, 10, 60, 60, 1, 0.9], [120, 20, 180, 70, 1, 0.4]]),
             ("none.jpg", []),
         )
@@ -164,7 +217,7 @@ def shown(browser, tmp_path):
         "const bag = async (image, run, box) => (window.asked = [image.name, run, box]) &&"
         " ({anchors: [[5, 5, 50, 50, 0.2], [9, 9, 60, 60, 0.4]], assigned: [[9, 9, 60, 60, 0.7]]});"
         "const viewer = new Viewer(document.querySelector('div'), data,"
-        " {hasTruth: true, bag, canDraw: true});"
+        " {hasTruth: true, hasMasks: true, bag, canDraw: true});"
     )
     text = make_page(
         HOSTILE,
@@ -211,6 +264,25 @@ def test_sliders_and_filters_act_at_once(shown):
     assert counts(shown) == {"miss": 3}
     names = shown.run("[...document.querySelectorAll('figcaption b')].map((x) => x.textContent)")
     assert sorted(names) == sorted(["all.jpg", HOSTILE, "none.jpg"])
+
+
+def test_masks(shown):
+    """They lie on their pixels in whatever size the picture is shown, and can be left out."""
+    place = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('{}').{})"
+    path, picture = (
+        shown.run(place.format(f"figure:has(.mask) {x}", "getBoundingClientRect()"))
+        for x in (".mask", "svg")
+    )
+    scale = picture[2] / 200
+    expected = [picture[0] + 20 * scale, picture[1] + 20 * scale, 20 * scale, 40 * scale]
+    assert path == pytest.approx(expected, abs=1)
+    colors = "[...document.querySelectorAll('{}')].map((x) => getComputedStyle(x).{})"
+    assert shown.run(colors.format(".mask", "fill")) == ["rgb(53, 194, 255)"]  # of hits
+    shown.run(
+        "(() => {for (const x of document.querySelectorAll('.check'))"
+        " if (x.textContent.includes('masks')) x.querySelector('input').click()})()"
+    )
+    shown.wait("document.querySelectorAll('.mask').length === 0")
 
 
 def test_order_of_pictures(shown):

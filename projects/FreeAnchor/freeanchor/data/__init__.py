@@ -10,7 +10,7 @@ from .datasets import check_images, load_training_set, report_findings
 from .images import ImageReader, num_channels, read_image
 from .importing import import_voc, import_yolo
 from .mapper import Mapper
-from .masks import decode_mask
+from .masks import decode_mask, encode_mask
 from .readings import READINGS, import_boxes
 from .shapes import write_shapes
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_dataset",
     "check_images",
     "decode_mask",
+    "encode_mask",
     "import_boxes",
     "import_voc",
     "import_yolo",

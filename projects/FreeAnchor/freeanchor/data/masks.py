@@ -13,7 +13,7 @@ from pycocotools import mask as mask_api
 from ..errors import DatasetError
 from .findings import Findings, show
 
-__all__ = ["MaskColumn", "decode_mask", "read_mask", "to_rle"]
+__all__ = ["MaskColumn", "decode_mask", "encode_mask", "read_mask", "to_rle"]
 
 _MISSING = "is missing"
 _NO_POLYGON = "has no polygon of three points or more"
@@ -140,6 +140,12 @@ def decode_mask(mask: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     encoded = to_rle(mask, size) if isinstance(mask, list) else mask
     decoded: NDArray[np.bool_] = mask_api.decode(encoded).astype(bool)
     return decoded
+
+
+def encode_mask(mask: NDArray[Any]) -> dict[str, Any]:
+    """COCO's run-length encoding, for JSON, of (H, W) whether a pixel is of the object."""
+    encoded = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
 
 
 class MaskColumn:

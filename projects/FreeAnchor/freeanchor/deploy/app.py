@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..data import ImageReader
 from ..modeling import BagDetector
 from ..visualization import VIEWER, make_page, read_asset
+from .outputs import encode_masks
 from .predictor import Predictor
 from .uploads import Gate, Limits, RefusedError, decode_picture, read_body
 
@@ -81,6 +82,7 @@ def detect(predictor: Predictor, pixels: _Pixels) -> dict[str, Any]:
     boxes = found.pred_boxes.tensor.clone()
     boxes[:, 2:] -= boxes[:, :2]
     rows = zip(boxes.tolist(), found.pred_classes.tolist(), found.scores.tolist())
+    masks = [{"segmentation": x} for x in encode_masks(found)] or [{}] * len(found)
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
@@ -89,8 +91,9 @@ def detect(predictor: Predictor, pixels: _Pixels) -> dict[str, Any]:
                 "category_id": label + 1,
                 "bbox": [round(x, 2) for x in box],
                 "score": round(score, 4),
+                **mask,
             }
-            for box, label, score in rows
+            for (box, label, score), mask in zip(rows, masks, strict=True)
         ],
     }
 
@@ -283,6 +286,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
             "score": score,
             "least_score": predictor.confidence,
             "bags": has_bags,
+            "masks": bool(predictor.cfg.MODEL.MASK_ON),
             "limits": limits._asdict(),
         }
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 
+from ..data import encode_mask
 from ..errors import FreeAnchorError
 from ..visualization import overlay_masks
 
-__all__ = ["WRITERS", "Detected", "draw_boxes"]
+__all__ = ["WRITERS", "Detected", "draw_boxes", "encode_masks"]
 
 # What every OpenCV writes.
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
@@ -160,7 +161,7 @@ class Coco(_Base):
         image = {"id": len(self._images) + 1, "file_name": detected.name}
         image |= {"width": width, "height": height}
         self._images.append(image | ({"frame": detected.frame} if detected.frame >= 0 else {}))
-        masks = _encoded_masks(detected.instances)
+        masks = encode_masks(detected.instances)
         for i, ((x1, y1, x2, y2), score, index) in enumerate(_rows(detected.instances)):
             annotation = {
                 "id": self._number + 1,
@@ -236,15 +237,11 @@ def _rows(instances: Instances) -> list[tuple[list[float], float, int]]:
     return list(zip(*(x.tolist() for x in columns), strict=True))
 
 
-def _encoded_masks(instances: Instances) -> list[dict[str, Any]]:
+def encode_masks(instances: Instances) -> list[dict[str, Any]]:
     """COCO's run-length encoding of each mask; none if there are no masks."""
     if not instances.has("pred_masks"):
         return []
-    encoded = [
-        mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-        for mask in instances.pred_masks.numpy()
-    ]
-    return [{"size": list(x["size"]), "counts": x["counts"].decode()} for x in encoded]
+    return [encode_mask(mask) for mask in instances.pred_masks.numpy()]
 
 
 def draw_boxes(

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 from ..data import read_image
 from ..evaluation import FALSE_POSITIVES, count_errors
 from ..modeling import Matching, has_bags
-from .page import data_element, encode_picture
+from .page import data_element, encode_picture, fit_masks
 from .pictures import choose, match_images
 from .runs import Dataset, Run
 
 __all__ = ["gallery"]
 
-_BAG_SHARE = 0.3  # of what pictures have, about, for all bags
+_OVERLAY_SHARE = 0.3  # of what pictures have, about, for all masks and bags
 _BAG_IMAGES = 24  # the model runs on as many
 _MIN_SCORE = 0.05  # of the detections that the pictures can show
 
@@ -82,11 +83,25 @@ def gallery(
     """Detections over ground truth, for the viewer."""
     chosen = _choose_images(data, num_images, score_thresh)
     matchings = [_matchings(run, data, chosen) for run in runs]
-    bag_bytes = _BAG_SHARE * max_bytes
+    bag_bytes = _OVERLAY_SHARE * max_bytes
+    has_masks = any(run.cfg.MODEL.MASK_ON for run in runs)
+    are_bags = any(has_bags(run.cfg) for run in runs)
     images = []
     for i in chosen:
         pixels = read_image(data.records[i]["file_name"], "RGB", runs[0].cfg)
         truth = data.truth[i]
+        truth_rows = [] if truth is None else _rounded(truth)
+        found_rows = [_rounded(found[i][found[i][:, 5] >= _MIN_SCORE]) for found in data.found]
+        if has_masks:
+            annotations = data.records[i].get("annotations", ()) if truth_rows else ()
+            masks = [a.get("segmentation") for a in annotations]
+            for rows, of_run in zip(found_rows, data.masks):
+                masks += of_run[i][: len(rows)]
+            size = pixels.shape[1], pixels.shape[0]
+            fitted = fit_masks(masks, size, int(_OVERLAY_SHARE * max_bytes / len(chosen)))
+            for row, mask in zip(chain(truth_rows, *found_rows), fitted, strict=True):
+                row.append(mask)
+            bag_bytes -= len(data_element("", fitted))
         bags: list[dict[int, Any]] = [{} for _ in runs]
         for of_run, into in zip(matchings, bags):
             if i in of_run and truth is not None and bag_bytes > 0:
@@ -99,8 +114,8 @@ def gallery(
                 "width": pixels.shape[1],
                 "height": pixels.shape[0],
                 "src": encode_picture(pixels, max_bytes // len(chosen)),
-                "truth": None if truth is None else _rounded(truth),
-                "found": [_rounded(found[i][found[i][:, 5] >= _MIN_SCORE]) for found in data.found],
+                "truth": None if truth is None else truth_rows,
+                "found": found_rows,
                 "bags": bags,
             }
         )
@@ -110,19 +125,25 @@ def gallery(
         "images": images,
         "score": score_thresh,
         "hasTruth": data.has_truth,
+        "hasMasks": has_masks,
+        "hasBags": are_bags,
     }
     name = f"pictures of {data.name}"
+    about = "Some of every kind of error, and some without."
+    if are_bags:
+        about += (
+            " A click on a box, or arrow keys and Enter, shows the bag of its object: the anchors "
+            "that compete for it, from dark to bright by their probability to match."
+        )
     return [
-        "<h3>Pictures</h3><p>Some of every kind of error, and some without. A click on a box, or "
-        "arrow keys and Enter, shows the bag of its object: the anchors that compete for it, from "
-        "dark to bright by their probability to match.</p>",
+        f"<h3>Pictures</h3><p>{about}</p>",
         "<noscript>The pictures need JavaScript, which this browser does not run.</noscript>",
         f'<div data-pictures="{html.escape(name)}"></div>',
         data_element(name, content),
     ]
 
 
-def _rounded(rows: NDArray[Any]) -> list[list[float]]:
+def _rounded(rows: NDArray[Any]) -> list[list[Any]]:
     return [
         [*(round(x, 1) for x in row[:4]), int(row[4]), round(row[5], 3)] for row in rows.tolist()
     ]

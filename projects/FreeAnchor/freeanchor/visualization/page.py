@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["VIEWER", "data_element", "encode_picture", "make_page", "read_asset"]
+from ..data import decode_mask, encode_mask
+
+__all__ = ["VIEWER", "data_element", "encode_picture", "fit_masks", "make_page", "read_asset"]
 
 # The scripts of the viewer, in the order in which they need each other.
 VIEWER = ("boxes.js", "picture.js", "viewer.js")
 _SIDES, _QUALITIES = (1200, 960, 720, 560, 400), (85, 70, 55)
+_LEAST_MASK_SIDE = 64
 
 
 def read_asset(name: str) -> str:
@@ -85,3 +89,32 @@ def encode_picture(pixels: NDArray[Any], max_bytes: int) -> str:
             if len(data) <= max_bytes:
                 return f"data:image/jpeg;base64,{data}"
     return f"data:image/jpeg;base64,{data}"
+
+
+def fit_masks(masks: Sequence[Any], size: tuple[int, int], max_bytes: int) -> list[Any]:
+    """Masks for the viewer, of the picture at a size at which they are few bytes.
+
+    Args:
+        masks: as :func:`freeanchor.data.decode_mask` takes them, or None where there is none.
+        size: width and height of the picture.
+        max_bytes: of all of them in the page. They get coarser until they fit; the coarsest are
+            taken where none do.
+
+    Returns:
+        Their run-length encodings.
+    """
+    fitted = [encode_mask(decode_mask(x, size)) if isinstance(x, list) else x for x in masks]
+    side = max(size)
+    while (length := len(data_element("", fitted))) > max_bytes and side > _LEAST_MASK_SIDE:
+        # A mask has about as many bytes as columns.
+        side = max(_LEAST_MASK_SIDE, int(0.9 * side * max_bytes / length))
+        # The pixels in the middle of those of the smaller mask.
+        columns, rows = (
+            ((np.arange(count) + 0.5) * n / count).astype(int)
+            for n, count in ((n, max(1, round(n * side / max(size)))) for n in size)
+        )
+        fitted = [
+            None if x is None else encode_mask(decode_mask(x, size)[rows[:, None], columns])
+            for x in masks
+        ]
+    return fitted

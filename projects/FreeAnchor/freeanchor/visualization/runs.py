@@ -185,6 +185,7 @@ class Dataset(NamedTuple):
     records: list[dict[str, Any]]
     truth: list[NDArray[Any] | None]
     found: list[list[NDArray[Any]]]  # of each run
+    masks: list[list[list[Any]]]  # of each run, of the detections in that order; None without
 
     @property
     def has_truth(self) -> bool:
@@ -204,11 +205,18 @@ class Dataset(NamedTuple):
 def read_dataset(runs: Sequence[Run], name: str) -> Dataset:
     """Read a data set, and what each run detected in it."""
     records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-    found = []
+    found, masks = [], []
     for run in runs:
         detections = read_detections(run.cfg, name, records)
         found.append([found_rows(detections[r["image_id"]], metadata) for r in records])
+        key = "segmentation" if run.cfg.MODEL.MASK_ON else ""
+        masks.append(
+            [
+                [d.get(key) for d in sorted(detections[r["image_id"]], key=lambda d: -d["score"])]
+                for r in records
+            ]
+        )
     truth = [truth_rows(record) for record in records]  # of all images, or of none
     if not any(rows is not None and (rows[:, 5] == 0).any() for rows in truth):
         truth = [None] * len(records)  # crowds alone are no ground truth
-    return Dataset(name, list(metadata.thing_classes), records, truth, found)
+    return Dataset(name, list(metadata.thing_classes), records, truth, found, masks)

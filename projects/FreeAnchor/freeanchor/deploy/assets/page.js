@@ -77,7 +77,7 @@
     at("limits").textContent = `, up to ${max_bytes / 1e6} MB and ${max_pixels / 1e6} million pixels`;
     const data = { classes: model.categories, runs: [""], images: [] };
     viewer = new Viewer(at("viewer"), data, {
-      score: model.score, canDraw: model.bags, bag: model.bags ? bag : null,
+      score: model.score, canDraw: model.bags, bag: model.bags ? bag : null, hasMasks: model.masks,
     });
     work();
   }
@@ -87,8 +87,8 @@
       throw new Error(`the file has more than ${model.limits.max_bytes / 1e6} MB`);
     const { width, height, detections } = await send("api/detect", file);
     const index = new Map(model.categories.map(({ id }, i) => [id, i]));
-    const found = detections.map(({ bbox: [x, y, w, h], category_id, score }) => [
-      x, y, x + w, y + h, index.get(category_id), score,
+    const found = detections.map(({ bbox: [x, y, w, h], category_id, score, segmentation }) => [
+      x, y, x + w, y + h, index.get(category_id), score, segmentation,
     ]);
     const src = URL.createObjectURL(file);
     viewer.add({ name: file.name, file, width, height, src, truth: null, found: [found] });

@@ -2,7 +2,8 @@
 /* Boxes of pictures, without a page: which are hits, where labels go, COCO json.
 
    A box is {x0, y0, x1, y1, label, ...} in pixels, `label` the index of its class. Detections have
-   a `score`, and ground truth may be `crowd`. `outcomes` is freeanchor/visualization/outcomes.py. */
+   a `score`, and ground truth may be `crowd`. Both may have a `mask`, a run-length encoding as COCO
+   has them, of the picture at any size. `outcomes` is freeanchor/visualization/outcomes.py. */
 const Boxes = (() => {
   const TOUCHING = 0.1; // IoU from which a detection is a poor box of an object, not background
   const MOST_COVERED = 0.2; // of a picture by its labels
@@ -101,8 +102,38 @@ const Boxes = (() => {
     });
   }
 
+  /* The runs of a mask down its columns, [x, y, length]; see freeanchor/data/masks.py. */
+  function maskRuns({ size: [height], counts }) {
+    const lengths = [], runs = [];
+    for (let i = 0; i < counts.length; ) {
+      let value = 0, shift = 0, code;
+      do {
+        code = counts.charCodeAt(i++) - 48;
+        value |= (code & 31) << shift;
+        shift += 5;
+      } while (code & 32);
+      if (code & 16) value |= -1 << shift;
+      lengths.push(lengths.length > 2 ? value + lengths[lengths.length - 2] : value);
+    }
+    let place = 0;
+    lengths.forEach((length, i) => {
+      const end = place + length;
+      while (i % 2 && place < end) {
+        const y = place % height, part = Math.min(end - place, height - y);
+        runs.push([Math.floor(place / height), y, part]);
+        place += part;
+      }
+      place = end;
+    });
+    return runs;
+  }
+
+  /* The pixels of a mask as a path of SVG, in pixels of the mask. */
+  const maskPath = (mask) =>
+    maskRuns(mask).map(([x, y, n]) => `M${x} ${y}h1v${n}h-1z`).join("");
+
   /* COCO json of the pictures: `classes` are {id, name}, `images` have name, width, height and the
-     boxes to write. */
+     boxes to write, with masks of their size if with any. */
   function toCoco(classes, images) {
     const round = (x) => Math.round(x * 100) / 100;
     const annotations = [];
@@ -113,9 +144,10 @@ const Boxes = (() => {
           image_id: i + 1,
           category_id: classes[b.label].id,
           bbox: [b.x0, b.y0, b.x1 - b.x0, b.y1 - b.y0].map(round),
-          area: round(area(b)),
+          area: b.mask ? maskRuns(b.mask).reduce((sum, [, , n]) => sum + n, 0) : round(area(b)),
           iscrowd: 0,
           score: b.score,
+          ...(b.mask && { segmentation: { size: b.mask.size, counts: b.mask.counts } }),
         });
     });
     return {
@@ -127,6 +159,6 @@ const Boxes = (() => {
     };
   }
 
-  return { area, count, iou, outcomes, overlap, placeLabels, toCoco };
+  return { area, count, iou, maskPath, outcomes, overlap, placeLabels, toCoco };
 })();
 if (typeof module !== "undefined") module.exports = Boxes;

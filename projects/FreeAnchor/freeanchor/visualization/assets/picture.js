@@ -23,7 +23,9 @@ const { Picture, Dom } = (() => {
 
   const percent = (x) => `${Math.round(100 * x)} %`;
   const plural = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
-  const toBox = ([x0, y0, x1, y1, label, value]) => ({ x0, y0, x1, y1, label, value });
+  const toBox = ([x0, y0, x1, y1, label, value, mask = null]) => ({
+    x0, y0, x1, y1, label, value, mask,
+  });
   const classColor = (label) => `hsl(${(label * 137.5 + 190) % 360} 95% 65%)`;
 
   class Picture {
@@ -120,6 +122,13 @@ const { Picture, Dom } = (() => {
         const { x0, y0, x1, y1 } = at(b);
         return svg("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0, ...attributes });
       };
+      const tint = ({ mask }) => {
+        if (!mask || !this.viewer.state.masks) return [];
+        mask.path ??= Boxes.maskPath(mask);
+        const [rows, columns] = mask.size;
+        const transform = `scale(${width / columns} ${height / rows})`;
+        return [svg("path", { class: "mask", d: mask.path, transform })];
+      };
       this.shownEntries = this.entries();
       if (!this.shownEntries.some((e) => e.key === this.active)) this.active = null;
       this.keys = this.shownEntries.map((e) => e.key);
@@ -137,6 +146,7 @@ const { Picture, Dom } = (() => {
             role: "option", id: `fa-${this.id}-${key}`, "data-key": key, "aria-label": text,
             "aria-selected": isActive,
           },
+          ...tint(box),
           rect(box, { class: "halo" }),
           rect(box, { class: "line" }),
         );

@@ -9,5 +9,6 @@ for (const root of document.querySelectorAll("[data-pictures]")) {
     const [x0, y0, x1, y1] = object;
     return { anchors: found[0], assigned: found[1], box: { x0, y0, x1, y1 } };
   };
-  new Viewer(root, data, { hasTruth: data.hasTruth, score: data.score, bag });
+  const { hasTruth, hasMasks, hasBags, score } = data;
+  new Viewer(root, data, { hasTruth, hasMasks, score, bag: hasBags ? bag : null });
 }

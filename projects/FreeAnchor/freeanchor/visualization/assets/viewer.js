@@ -3,9 +3,11 @@
 
    `data`: classes [{id, name}]; runs [name], whose detections are shown side by side; images
    [{name, width, height, src, truth, found}] with boxes in pixels: `truth` null or a list of
-   [x0, y0, x1, y1, label, crowd], `found` a list of [x0, y0, x1, y1, label, score] for each run.
+   [x0, y0, x1, y1, label, crowd], `found` a list of [x0, y0, x1, y1, label, score] for each run;
+   with a mask at the end if there is one, see boxes.js.
    `options`: score and iou to begin with; bag(image, run, box), a promise of the bag of a box
-   {anchors: [[x0, y0, x1, y1, P]], assigned: [[x0, y0, x1, y1, IoU]]} or of null; canDraw. */
+   {anchors: [[x0, y0, x1, y1, P]], assigned: [[x0, y0, x1, y1, IoU]]} or of null; canDraw;
+   hasMasks. */
 const Viewer = (() => {
   const { classColor, html, plural } = Dom;
   const ERRORS = ["miss", "wrong class", "duplicate", "poor box", "background"];
@@ -39,6 +41,7 @@ const Viewer = (() => {
         score: options.score ?? 0.5,
         iou: options.iou ?? 0.5,
         labels: true,
+        masks: true,
         kinds: { hit: true, false: true, miss: true, truth: false },
         classes: data.classes.map(() => true),
       };
@@ -94,6 +97,7 @@ const Viewer = (() => {
           );
       }
       more.append(checkbox("labels", true, change("labels")));
+      if (this.options.hasMasks) more.append(checkbox("masks", true, change("masks")));
       if (this.hasTruth) more.append(this.sortTool());
       if (this.options.canDraw) more.append(...this.drawTools());
       return html("form", { class: "tools", "aria-label": "What is shown",
