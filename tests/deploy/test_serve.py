@@ -24,6 +24,7 @@ from freeanchor.deploy.app import make_app
 from freeanchor.deploy.serve import choose_token
 from freeanchor.deploy.uploads import Gate, Limits, RefusedError
 from freeanchor.errors import FreeAnchorError
+from freeanchor.modeling import match_inputs
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from serve_load import ask, load
@@ -130,7 +131,7 @@ def test_bag_is_the_models(port, predictor):
     instances = Instances(tuple(inputs["image"].shape[1:]))
     instances.gt_boxes = Boxes(torch.tensor([[20.0, 15.0, 50.0, 40.0]]))
     instances.gt_classes = torch.tensor([1])
-    (expected,) = predictor.model.match_inputs([{**inputs, "instances": instances}])
+    (expected,) = match_inputs(predictor.model, [{**inputs, "instances": instances}])
     for rows, anchors, values, name in (
         (answer["bag"], expected.anchors[0], expected.prob[0], "prob"),
         (answer["assigned"], expected.assigned[0], expected.assigned_iou[0], "iou"),

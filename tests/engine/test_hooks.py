@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import instances
+from conftest import instances, quick_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.modeling import build_model
@@ -10,8 +10,10 @@ from detectron2.solver import build_optimizer
 from freeanchor.engine import MatchingPictures, Trainer
 
 
-def test_pictures_of_the_matching_while_training(cfg, storage):
+@pytest.mark.parametrize("config", ["free_anchor", "faster_rcnn_free_anchor"])
+def test_pictures_of_the_matching_while_training(config, storage):
     """Every so many iterations, of the first image with objects, and without other effects."""
+    cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
     batch = [
         {"image": torch.zeros(3, 64, 64), "instances": instances(boxes, [0] * len(boxes))}
         for boxes in ([], [[8, 8, 40, 30]])
@@ -55,10 +57,19 @@ def test_no_picture_of_a_batch_without_objects(cfg, storage):
     assert storage._vis_data == []
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("FreeAnchor", 1), ("RetinaNet", 0)])
-def test_trainer_adds_them_by_vis_period(cfg, dataset, tmp_path, architecture, expected):
-    """To a FreeAnchor alone, and before the writers, which would miss its pictures."""
-    cfg.MODEL.META_ARCHITECTURE, cfg.VIS_PERIOD = architecture, 5
+@pytest.mark.parametrize(
+    ("config", "options", "expected"),
+    [
+        ("free_anchor", [], 1),
+        ("free_anchor", ["MODEL.META_ARCHITECTURE", "RetinaNet"], 0),
+        ("faster_rcnn_free_anchor", [], 1),
+        ("faster_rcnn_free_anchor", ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], 0),
+    ],
+)
+def test_trainer_adds_them_by_vis_period(config, options, expected, dataset, tmp_path):
+    """To a model with bags alone, and before the writers, which would miss its pictures."""
+    cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
+    cfg.merge_from_list([*options, "VIS_PERIOD", 5])
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset[0],), (), str(tmp_path)
     hooks = [type(x) for x in Trainer(cfg)._hooks]
     assert hooks.count(MatchingPictures) == expected

@@ -14,7 +14,7 @@ from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer
 from freeanchor.data import decode_mask, encode_mask, write_shapes
 from freeanchor.deploy import Predictor
-from freeanchor.deploy.app import detect
+from freeanchor.deploy.app import detect, find_bag
 from freeanchor.errors import FreeAnchorError
 from freeanchor.visualization import read_metrics
 from PIL import Image
@@ -65,13 +65,15 @@ def test_from_training_to_pictures(train_net, arguments, shapes, tmp_path):
     train_net("--eval-only", "--resume", *sets, *keys, config=MASK_RCNN)
     assert json.loads(results.read_text()) == first
 
-    main(["visualize", str(output), *map(str, sets), "--num-images", "1", "--checkpoints"])
+    main(["visualize", str(output), *map(str, sets), "--num-images", "1"])
+    assert len([*(output / "pictures").glob("*_matching.png")]) == 1
     main(["report", str(output), *map(str, sets), "--num-images", "2"])
     text = (output / "report.html").read_text()
     content = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text).group(1)
     viewer = json.loads(content)
     assert viewer["hasMasks"]
-    assert not viewer["hasBags"]
+    assert viewer["hasBags"]
+    assert all(len(x["bags"][0]) == len(x["truth"]) for x in viewer["images"])
     truth = {x["image_id"]: x["annotations"] for x in DatasetCatalog.get("val")}
     for picture in viewer["images"]:
         number = int(picture["name"][-5])
@@ -100,6 +102,9 @@ def test_from_training_to_pictures(train_net, arguments, shapes, tmp_path):
     predictor = Predictor(output, device="cpu", confidence=0.0)
     pixels = cv2.imread(str(image))
     answer, (expected,) = detect(predictor, pixels), predictor([pixels])
+    bag = find_bag(predictor, pixels, (10, 20, 30, 40), 2)["bag"]
+    assert len(bag) == 50
+    assert bag == find_bag(predictor, pixels, (10, 20, 30, 40), 0)["bag"]  # whatever the class
     for detection, mask in zip(answer["detections"], expected.pred_masks.numpy(), strict=True):
         assert (decode_mask(detection["segmentation"], (256, 256)) == mask).all()
     amp = ["TEST.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]

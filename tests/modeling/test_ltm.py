@@ -11,7 +11,7 @@ from freeanchor.checkpoint import Checkpointer
 from freeanchor.deploy.graph import Detector
 from freeanchor.layers.ltm import matched_in_bag
 from freeanchor.layers.matching import box_iou, decode_boxes
-from freeanchor.modeling import LTM, BagDetector, FreeAnchor, box_coding
+from freeanchor.modeling import LTM, BagDetector, FreeAnchor, box_coding, match_inputs
 
 FEATURES = [torch.zeros(1, 1, 8 >> i or 1, 8 >> i or 1) for i in range(5)]  # of 64 x 64 pixels
 KINDS = ["ltm", "ltm_af"]
@@ -296,7 +296,7 @@ def test_decoding_is_detectron2s(model):
 def test_matching_of_images(model):
     """What the pictures draw: the likelihood of the loss, and RetinaNet's anchors if any."""
     image = {"image": torch.rand(3, 64, 96), "instances": targets()[0]}
-    (matching,) = model.eval().match_inputs([image])
+    (matching,) = match_inputs(model.eval(), [image])
     assert matching.prob.shape == (4, 40)
     assert ((matching.prob >= 0) & (matching.prob <= 1)).all()
     is_points = box_coding(model.box2box_transform) is None

@@ -7,6 +7,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.structures import PolygonMasks, pairwise_iou
 from freeanchor.errors import FreeAnchorError
+from freeanchor.modeling import match_inputs
 
 FASTER = "quick/faster_rcnn_free_anchor_R_18_FPN.yaml"
 MASK = "quick/mask_rcnn_free_anchor_R_18_FPN.yaml"
@@ -68,6 +69,23 @@ def test_losses_are_those_of_one_class(two_stage):
             ours, theirs = losses[f"loss_rpn_{name}"], expected[f"loss_{name}"]
             assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
         assert losses.keys() == {"loss_rpn_positive", "loss_rpn_negative"}
+
+
+def test_matching_is_that_of_one_class(two_stage):
+    """Pictures show the bags of the first stage, whatever the classes: those that it trains."""
+    cfg = small("quick/free_anchor_R_18_FPN.yaml")
+    cfg.MODEL.RETINANET.NUM_CLASSES = 1
+    one_stage = build_model(cfg).eval()
+    one_stage.head.load_state_dict(two_stage.proposal_generator.detector.head.state_dict())
+    one_stage.backbone.load_state_dict(two_stage.backbone.state_dict(), strict=False)
+    inputs = batch()
+    expected = [{**x, "instances": as_one_class(x["instances"])} for x in inputs]
+    for ours, theirs in zip(
+        match_inputs(two_stage.eval(), inputs), match_inputs(one_stage, expected), strict=True
+    ):
+        torch.testing.assert_close(ours.prob, theirs.prob)
+        assert torch.equal(ours.anchors, theirs.anchors)
+        assert torch.equal(ours.boxes, theirs.boxes)
 
 
 def as_one_class(objects):

@@ -67,7 +67,11 @@ def test_command_without_what_it_needs(cfg, coco, tmp_path):
 
 
 def test_matching_of_another_architecture(cfg, dataset):
-    """A RetinaNet has no bags, and says so."""
+    """A RetinaNet has no bags, nor has Detectron2's RPN; it is said by name."""
+    records = DatasetCatalog.get(dataset[0])
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     with pytest.raises(FileError, match="RetinaNet has no bags"):
-        match_images(cfg, [], DatasetCatalog.get(dataset[0]))
+        match_images(cfg, [], records)
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    with pytest.raises(FileError, match="GeneralizedRCNN with RPN has no bags"):
+        match_images(cfg, [], records)

@@ -33,7 +33,7 @@ def _add_visualize(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="FILE",
         help="draw the matching of these, side by side; a name is of a file in OUTPUT_DIR "
-        "(default: model_final.pth, if it is there and a FreeAnchor or LTM)",
+        "(default: model_final.pth, if it is there and has bags)",
     )
 
 

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data import ImageReader
-from ..modeling import BagDetector
+from ..modeling import has_bags, match_inputs
 from ..visualization import VIEWER, make_page, read_asset
 from .outputs import encode_masks
 from .predictor import Predictor
@@ -104,7 +104,7 @@ def find_bag(
     """The bag of an object in (H, W, 3) BGR pixels, as the API gives it.
 
     Args:
-        predictor: of a FreeAnchor or LTM.
+        predictor: of a model with bags.
         pixels: the picture.
         box: x, y, width and height of the object.
         label: index of its class.
@@ -117,7 +117,7 @@ def find_bag(
     instances.gt_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]) * scale)
     instances.gt_classes = torch.tensor([label])
     with predictor._lock:
-        (matching,) = predictor.model.match_inputs([{**inputs, "instances": instances}])
+        (matching,) = match_inputs(predictor.model, [{**inputs, "instances": instances}])
 
     def rows(anchors: torch.Tensor, values: torch.Tensor, name: str) -> list[dict[str, Any]]:
         corners = anchors.cpu() / scale
@@ -210,7 +210,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
     metrics = _Metrics(gate)
     worker = ThreadPoolExecutor(1, "model")
     reader = replace(ImageReader.from_config(predictor.cfg), format="BGR")
-    has_bags = isinstance(predictor.model, BagDetector)
+    are_bags = has_bags(predictor.cfg)
     page = _page()
 
     async def refuse(request: Request, e: RefusedError) -> Response:
@@ -285,7 +285,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
             "categories": [{"id": i, "name": x} for i, x in enumerate(predictor.class_names, 1)],
             "score": score,
             "least_score": predictor.confidence,
-            "bags": has_bags,
+            "bags": are_bags,
             "masks": bool(predictor.cfg.MODEL.MASK_ON),
             "limits": limits._asdict(),
         }
@@ -311,7 +311,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
         category_id: category,
     ) -> dict[str, Any]:
         """Match an object, whose box is given, in the picture that is the body."""
-        if not has_bags:
+        if not are_bags:
             kind = predictor.cfg.MODEL.META_ARCHITECTURE
             raise RefusedError(404, "bags", f"The model is a {kind}, which has no bags")
 

@@ -5,8 +5,9 @@ from typing import Any
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
+from torch import nn
 
-from ..modeling import BagDetector
+from ..modeling import match_inputs
 from ..visualization import draw_matching, to_image
 
 __all__ = ["MatchingPictures"]
@@ -15,11 +16,12 @@ __all__ = ["MatchingPictures"]
 class MatchingPictures(HookBase):
     """Puts the matching of a training image to the EventStorage, every so many iterations."""
 
-    def __init__(self, model: BagDetector, period: int) -> None:
+    def __init__(self, model: nn.Module, period: int) -> None:
         """Build the hook.
 
         Args:
-            model: the model that is trained, without DistributedDataParallel.
+            model: the model that is trained, without DistributedDataParallel; see
+                :func:`freeanchor.modeling.has_bags`.
             period: the iterations from one picture to the next.
         """
         self.model = model
@@ -29,7 +31,7 @@ class MatchingPictures(HookBase):
     def before_step(self) -> None:
         if self.trainer.iter % self.period == 0:
 
-            def keep(model: BagDetector, inputs: tuple[list[dict[str, Any]]]) -> None:
+            def keep(model: nn.Module, inputs: tuple[list[dict[str, Any]]]) -> None:
                 self._batch = inputs[0]
                 handle.remove()
 
@@ -41,7 +43,7 @@ class MatchingPictures(HookBase):
         if image is None:
             return
         self.model.eval()  # the running statistics of batch norm stay as they are
-        (matching,) = self.model.match_inputs([image])
+        (matching,) = match_inputs(self.model, [image])
         self.model.train()
         pixels = convert_image_to_rgb(image["image"].permute(1, 2, 0), self.model.input_format)
         picture = to_image(draw_matching(pixels, {"now": matching}))

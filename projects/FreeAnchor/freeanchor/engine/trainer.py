@@ -20,7 +20,7 @@ from ..checkpoint import Checkpointer, Thresholds, write_thresholds
 from ..data import ImageReader, Mapper, load_training_set
 from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
-from ..modeling import BagDetector, MultiScaleTest
+from ..modeling import BagDetector, MultiScaleTest, has_bags
 from ..paths import file_stem
 from .checkpoints import BestCheckpointer, Checkpoints
 from .failures import explained_silence
@@ -261,7 +261,7 @@ class Trainer(DefaultTrainer):
         result: list[Any] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if isinstance(model, BagDetector):
             result.append(LearningCheck(cfg, getattr(self.data_loader, "records", ())))
-        if cfg.VIS_PERIOD > 0 and isinstance(model, BagDetector):
+        if cfg.VIS_PERIOD > 0 and has_bags(cfg):
             # First, so that the writers among the others find its pictures.
             result.insert(0, MatchingPictures(model, cfg.VIS_PERIOD))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):

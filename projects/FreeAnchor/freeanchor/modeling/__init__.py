@@ -2,10 +2,11 @@
 
 from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
-from .bag_detector import BagDetector, box_coding, has_bags
+from .bag_detector import BagDetector, box_coding
 from .bags import Matching
 from .inference import candidates, dense_detector, detect
 from .ltm import LTM
+from .match import has_bags, match_inputs
 from .meta_arch import FreeAnchor
 from .optimize import fold_batch_norm, inference_settings, optimize_inference
 from .proposals import FreeAnchorRPN
@@ -30,5 +31,6 @@ __all__ = [
     "fold_batch_norm",
     "has_bags",
     "inference_settings",
+    "match_inputs",
     "optimize_inference",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling import RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.matcher import Matcher
@@ -34,17 +34,11 @@ from .inclusive_corners import from_inclusive_corners, to_inclusive_corners
 from .inference import detect
 from .normalizer import Normalizer
 
-__all__ = ["BagDetector", "box_coding", "has_bags"]
+__all__ = ["BagDetector", "box_coding"]
 
 _FIRST_LOGGED = "freeanchor/objects_per_image"
 # As Detectron2's RetinaNet assigns anchors.
 _RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
-
-
-def has_bags(cfg: CfgNode) -> bool:
-    """Whether the model of a config is a :class:`BagDetector`."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    return name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), BagDetector)
 
 
 def box_coding(transform: Any) -> BoxCoding | None:
@@ -156,7 +150,7 @@ class BagDetector(RetinaNet):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        pred_logits, pred_anchor_deltas = self._by_anchor(predictions)
+        pred_logits, pred_anchor_deltas = self.by_anchor(predictions)
         anchors = generate_anchors(self.anchor_generator, features)
         # Who has losses of an own with the stable signature need not know of regions.
         regions = [self._regions] if self.ignore_regions else []
@@ -168,7 +162,7 @@ class BagDetector(RetinaNet):
         """Detect, see :func:`freeanchor.modeling.detect`."""
         return detect(self, features, predictions, images.image_sizes)
 
-    def _by_anchor(self, predictions: list[list[Tensor]]) -> Iterator[list[Tensor]]:
+    def by_anchor(self, predictions: list[list[Tensor]]) -> Iterator[list[Tensor]]:
         """Views (N, H, W, A, .) of what the head computed, in whatever memory layout."""
         for levels, depth in zip(predictions, (self.num_classes, 4)):
             yield [x.unflatten(1, (-1, depth)).permute(0, 3, 4, 1, 2) for x in levels]
@@ -326,24 +320,6 @@ class BagDetector(RetinaNet):
                 )
             )
         return result
-
-    @torch.no_grad()
-    def match_inputs(self, batched_inputs: list[dict[str, Any]]) -> list[Matching]:
-        """Match the objects of images, see :meth:`match`.
-
-        Args:
-            batched_inputs: images with objects, as training gets them.
-
-        Returns:
-            The matching of each image, in the size of the network's input.
-        """
-        features = self.backbone(self.preprocess_image(batched_inputs).tensor)
-        features = [features[name] for name in self.head_in_features]
-        logits, deltas = self._by_anchor(self.head(features))
-        objects = [x["instances"].to(self.device) for x in batched_inputs]
-        return self.match(
-            generate_anchors(self.anchor_generator, features), logits, deltas, objects
-        )
 
     def _training_storage(self) -> EventStorage | None:
         """Where a training step logs, None in what is none, see :meth:`losses`."""

@@ -18,7 +18,7 @@ from ..errors import FreeAnchorError
 from .inference import candidates
 from .meta_arch import FreeAnchor
 
-__all__ = ["FreeAnchorRPN"]
+__all__ = ["FreeAnchorRPN", "of_one_class"]
 
 # Scores of 1 have no finite logit in float32.
 _EPSILON = 1e-7
@@ -92,7 +92,7 @@ class FreeAnchorRPN(nn.Module):
         losses = {}
         if self.training:
             assert gt_instances is not None, "training needs objects"
-            objects = [_of_one_class(x) for x in gt_instances]
+            objects = [of_one_class(x) for x in gt_instances]
             found = self.detector.forward_training(images, levels, predictions, objects)
             losses = {
                 name.replace("loss_", "loss_rpn_"): loss * self.loss_weight
@@ -125,7 +125,8 @@ class FreeAnchorRPN(nn.Module):
         return proposals
 
 
-def _of_one_class(objects: Instances) -> Instances:
+def of_one_class(objects: Instances) -> Instances:
+    """The boxes of objects, as the first stage is trained with them."""
     classes = torch.zeros_like(objects.gt_classes)
     return Instances(objects.image_size, gt_boxes=objects.gt_boxes, gt_classes=classes)
 

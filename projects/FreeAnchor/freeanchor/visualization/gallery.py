@@ -95,8 +95,8 @@ def gallery(
         if has_masks:
             annotations = data.records[i].get("annotations", ()) if truth_rows else ()
             masks = [a.get("segmentation") for a in annotations]
-            for rows, of_run in zip(found_rows, data.masks):
-                masks += of_run[i][: len(rows)]
+            for rows, found_masks in zip(found_rows, data.masks):
+                masks += found_masks[i][: len(rows)]
             size = pixels.shape[1], pixels.shape[0]
             fitted = fit_masks(masks, size, int(_OVERLAY_SHARE * max_bytes / len(chosen)))
             for row, mask in zip(chain(truth_rows, *found_rows), fitted, strict=True):

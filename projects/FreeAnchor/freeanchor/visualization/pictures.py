@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..checkpoint import Checkpointer
+from ..config import is_two_stage
 from ..data import Mapper
 from ..errors import FileError
-from ..modeling import BagDetector, Matching
+from ..modeling import Matching, has_bags, match_inputs
 from ..paths import file_stem
 from .drawing import draw_curves, draw_detections, draw_matching
 from .runs import Run, read_detections, read_metrics, recommended_scores
@@ -54,6 +55,10 @@ def match_images(
     Raises:
         FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it has no bags.
     """
+    if not has_bags(cfg):
+        name = cfg.MODEL.META_ARCHITECTURE
+        name += f" with {cfg.MODEL.PROPOSAL_GENERATOR.NAME}" if is_two_stage(cfg) else ""
+        raise FileError(f"{name} has no bags: give a run of FreeAnchor, LTM or FreeAnchorRPN")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
@@ -64,16 +69,13 @@ def match_images(
     )
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
     mapper, model = Mapper(cfg, is_train=True), build_model(cfg).eval()
-    if not isinstance(model, BagDetector):
-        name = cfg.MODEL.META_ARCHITECTURE
-        raise FileError(f"{name} has no bags: give a run of FreeAnchor or LTM")
     images = [mapper(record) for record in records]
     found: list[dict[str, Matching]] = [{} for _ in images]
     for checkpoint in checkpoints:
         Checkpointer(model, cfg).load(checkpoint, checkpointables=[])
         for image, matchings in zip(images, found):
             if len(image.get("instances", ())):
-                (matchings[Path(checkpoint).stem],) = model.match_inputs([image])
+                (matchings[Path(checkpoint).stem],) = match_inputs(model, [image])
     pixels = [convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT) for x in images]
     return list(zip(pixels, found))
 

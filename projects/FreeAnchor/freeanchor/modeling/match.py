@@ -1,0 +1,48 @@
+"""How a model with bags, or its first stage, matches the objects of images, for pictures."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from ..config import is_two_stage
+from .anchors import generate_anchors
+from .bag_detector import BagDetector
+from .bags import Matching
+from .proposals import of_one_class
+
+__all__ = ["has_bags", "match_inputs"]
+
+
+def has_bags(cfg: CfgNode) -> bool:
+    """Whether the model of a config, or its first stage, is a :class:`BagDetector`."""
+    if is_two_stage(cfg):
+        return bool(cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FreeAnchorRPN")
+    name = cfg.MODEL.META_ARCHITECTURE
+    return name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), BagDetector)
+
+
+@torch.no_grad()
+def match_inputs(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> list[Matching]:
+    """Match the objects of images, see :meth:`BagDetector.match`.
+
+    Args:
+        model: of a config that :func:`has_bags`. A first stage matches whatever the class.
+        batched_inputs: images with objects, as training gets them.
+
+    Returns:
+        The matching of each image, in the size of the network's input.
+    """
+    whole: Any = model
+    features = whole.backbone(whole.preprocess_image(batched_inputs).tensor)
+    objects = [x["instances"].to(whole.device) for x in batched_inputs]
+    detector: BagDetector = whole
+    if not isinstance(model, BagDetector):
+        detector = whole.proposal_generator.detector
+        objects = [of_one_class(x) for x in objects]
+    features = [features[name] for name in detector.head_in_features]
+    logits, deltas = detector.by_anchor(detector.head(features))
+    anchors = generate_anchors(detector.anchor_generator, features)
+    return detector.match(anchors, logits, deltas, objects)
