@@ -245,16 +245,23 @@ def test_recommended_thresholds(train_net, run_folder, predictor, coco, tmp_path
         config=run_folder / "config.yaml",
     )
     recommended = Predictor(output, device="cpu")
-    assert recommended.describe_thresholds().startswith(f"{ABOVE} those with the best F1 on train")
+    expected = f"{ABOVE} those with the best F1 on train (thresholds.json): class 1 0."
+    assert recommended.describe_thresholds().startswith(expected)
     assert sum(map(len, objects)) > 10
     for a, b in zip(recommended(files), objects, strict=True):
         assert_same(a, b)
     assert metadata(recommended)["recommended_scores"].keys() == {"class 1", "class 2", "class 3"}
-    assert Predictor(output, confidence=0.7, device="cpu").describe_thresholds() == f"{ABOVE} 0.7"
+    assert Predictor(output, confidence=0.7, device="cpu").describe_thresholds() == (
+        f"{ABOVE} 0.7, as given"
+    )
+    several = Predictor(output, device="cpu", aug=True).describe_thresholds()
+    assert several.startswith(f"{ABOVE} 0.5, as several scales")
     state = read_checkpoint(str(output / "model_final.safetensors"))
     state["model"]["head.cls_score.bias"] += 0.01
     write_checkpoint(output / "model_final.safetensors", state["model"], {})
-    assert Predictor(output, device="cpu").describe_thresholds() == f"{ABOVE} 0.5"
+    assert Predictor(output, device="cpu").describe_thresholds() == (
+        f"{ABOVE} 0.5, the default, as no thresholds.json is of these weights"
+    )
 
 
 @pytest.mark.parametrize("input_format", ["L", "RGBA", "CMYK", "YUV-BT.601"])

@@ -20,8 +20,9 @@ import uvicorn
 from conftest import quick_cfg
 from detectron2.structures import Boxes, Instances
 from freeanchor.__main__ import main
+from freeanchor.checkpoint import Thresholds
 from freeanchor.deploy.app import make_app
-from freeanchor.deploy.serve import choose_token
+from freeanchor.deploy.serve import choose_token, serve
 from freeanchor.deploy.uploads import Gate, Limits, RefusedError
 from freeanchor.errors import FreeAnchorError
 from freeanchor.modeling import match_inputs
@@ -412,6 +413,27 @@ def test_load(port):
     answers, repeated, _, _ = load(port, clients=50, requests=2)
     assert answers == 100
     assert repeated > 0  # the queue has 16 places
+
+
+def test_first_score(predictor, monkeypatch, capsys):
+    """Where the slider begins, and why, is printed and what the page is told."""
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda server, sockets: apps.append(server.config.app)
+    )
+    known = Thresholds("cells", 0.43, {})
+    for given, recommended, expected, why in (
+        (None, None, 0.5, "the default, as no thresholds.json is of these weights"),
+        (None, known, 0.43, "with the best F1 on cells (thresholds.json)"),
+        (0.2, known, 0.2, "as given"),
+    ):
+        apps = []
+        monkeypatch.setattr(predictor, "recommended", recommended)
+        serve(lambda: predictor, given, "127.0.0.1", 0, LIMITS)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first == f"The slider of the scores begins at {expected:g}, {why}"
+        (app,) = apps
+        (route,) = [x for x in app.routes if x.path == "/api/model"]
+        assert asyncio.run(route.endpoint())["score"] == expected
 
 
 def test_command(run_folder, monkeypatch):

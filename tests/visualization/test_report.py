@@ -139,6 +139,31 @@ def test_recommended_scores(run):
     assert Page(write_report([cfg], 1, score_thresh=0.2)).viewers[0]["score"] == 0.2
 
 
+def test_scores_of_the_pictures(run, capsys):
+    """It is said which detections they show, and why."""
+    cfg, _, output = run
+    start = "Pictures of val show detections with scores of at least"
+
+    def say(score_thresh):
+        write_pictures(cfg, 1, score_thresh, [])
+        (line,) = capsys.readouterr().out.splitlines()
+        return line
+
+    assert say(0.2) == f"{start} 0.2, as given"
+    assert say(None).startswith(f"{start} 0.5, the default")
+    for scores, expected in (
+        ({"threshold/score": 0.81}, "0.81, with the best F1 on val (metrics.json)"),
+        (
+            {"threshold/score": 0.81, "threshold/score-class 1": 0.33},
+            "those with the best F1 on val (metrics.json): "
+            "class 1 0.33, class 2 0.81, class 3 0.81",
+        ),
+    ):
+        with (output / "metrics.json").open("a") as f:
+            f.write(json.dumps({"iteration": 40, **scores}) + "\n")
+        assert say(None) == f"{start} {expected}"
+
+
 def test_bags_of_the_objects(run):
     """Of the model, by the number of the object, in pixels of the image."""
     cfg, _, _ = run

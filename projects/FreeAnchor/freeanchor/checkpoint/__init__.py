@@ -6,7 +6,13 @@ from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
 from .files import find, read_checkpoint, read_class_names, replacing, write_checkpoint
-from .thresholds import Thresholds, copy_thresholds, read_thresholds, write_thresholds
+from .thresholds import (
+    Thresholds,
+    copy_thresholds,
+    describe_scores,
+    read_thresholds,
+    write_thresholds,
+)
 
 __all__ = [
     "Checkpointer",
@@ -16,6 +22,7 @@ __all__ = [
     "convert",
     "convert_file",
     "copy_thresholds",
+    "describe_scores",
     "find",
     "hand_over",
     "read_checkpoint",

@@ -18,7 +18,13 @@ from ..errors import FileError
 from .converter import is_counter
 from .files import replacing
 
-__all__ = ["Thresholds", "copy_thresholds", "read_thresholds", "write_thresholds"]
+__all__ = [
+    "Thresholds",
+    "copy_thresholds",
+    "describe_scores",
+    "read_thresholds",
+    "write_thresholds",
+]
 
 _FILE = "thresholds.json"
 
@@ -35,6 +41,24 @@ class Thresholds(NamedTuple):
     dataset: str
     score: float
     classes: dict[str, float]
+
+    @property
+    def reason(self) -> str:
+        """Why they apply, for :func:`describe_scores`."""
+        return f"with the best F1 on {self.dataset} ({_FILE})"
+
+
+def describe_scores(scores: float | Mapping[str, float], reason: str) -> str:
+    """The end of a sentence that says which scores apply, and why.
+
+    Args:
+        scores: of all classes, or by the name of each.
+        reason: such as "as given".
+    """
+    if not isinstance(scores, Mapping):
+        return f"{scores:g}, {reason}"
+    of_class = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    return f"those {reason}: {of_class}"
 
 
 def write_thresholds(

@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import nn
 
-from ..checkpoint import Checkpointer, find, read_thresholds
+from ..checkpoint import Checkpointer, describe_scores, find, read_thresholds
 from ..config import is_two_stage, merge_options, scored_part
 from ..data import ImageReader, num_channels, read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
 from ..modeling import MultiScaleTest, inference_settings, optimize_inference
 from .checkpoints import class_names, find_checkpoint
 
-__all__ = ["Predictor"]
+__all__ = ["CONFIDENCE", "NONE_RECOMMENDED", "Predictor"]
 
-_CONFIDENCE = 0.5  # where none is recommended
+CONFIDENCE = 0.5  # where none is recommended
+NONE_RECOMMENDED = "the default, as no thresholds.json is of these weights"
 
 Image = NDArray[np.uint8]
 
@@ -218,14 +219,23 @@ class Predictor:
 
     def _set_thresholds(self, confidence: float | None, aug: bool) -> None:
         folder = Path(find(self.cfg.MODEL.WEIGHTS)).parent
+        self._scores: float | dict[str, float]
         self.recommended = read_thresholds(folder, self.model.state_dict())
         known = self.recommended
-        if confidence is not None or known is None or aug:  # several scales give other scores
-            self._reason = ""
-            of_class = [_CONFIDENCE if confidence is None else confidence] * len(self.class_names)
+        if confidence is not None:
+            self._scores, self._reason = confidence, "as given"
+        elif known is None:
+            self._scores, self._reason = CONFIDENCE, NONE_RECOMMENDED
+        elif aug:
+            self._scores, self._reason = CONFIDENCE, "as several scales give other scores than one"
         else:
-            self._reason = f" with the best F1 on {known.dataset}"
-            of_class = [known.classes.get(name, known.score) for name in self.class_names]
+            self._scores = {x: known.classes.get(x, known.score) for x in self.class_names}
+            self._reason = known.reason
+        of_class = (
+            [*self._scores.values()]
+            if isinstance(self._scores, dict)
+            else [self._scores] * len(self.class_names)
+        )
         self.thresholds, self.confidence = torch.tensor(of_class), min(of_class)
         for part in self._scored_parts():
             part.test_score_thresh = self.confidence
@@ -234,11 +244,7 @@ class Predictor:
 
     def describe_thresholds(self) -> str:
         """A line that says which scores detections have, and why."""
-        if not self._reason:
-            return f"Detections have scores above {self.confidence:g}"
-        rows = zip(self.class_names, self.thresholds.tolist())
-        scores = ", ".join(f"{name} {score:.2f}" for name, score in rows)
-        return f"Detections have scores above those{self._reason}: {scores}"
+        return f"Detections have scores above {describe_scores(self._scores, self._reason)}"
 
     def _indices(self, classes: Sequence[str | int]) -> list[int]:
         names = {name: i for i, name in enumerate(self.class_names)}

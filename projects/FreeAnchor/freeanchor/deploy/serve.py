@@ -6,8 +6,9 @@ import secrets
 import socket
 from collections.abc import Callable
 
+from ..checkpoint import describe_scores
 from ..errors import FreeAnchorError
-from .predictor import Predictor
+from .predictor import CONFIDENCE, NONE_RECOMMENDED, Predictor
 from .uploads import Limits
 
 try:
@@ -77,8 +78,12 @@ def serve(
         raise FreeAnchorError(f"--host {host} --port {port} cannot be used: {e}") from e
     with bound:
         predictor = load()
-        if score is None:
-            score = 0.5 if predictor.recommended is None else predictor.recommended.score
+        known, reason = predictor.recommended, "as given"
+        if score is None and known is not None:
+            score, reason = known.score, known.reason
+        elif score is None:
+            score, reason = CONFIDENCE, NONE_RECOMMENDED
+        print(f"The slider of the scores begins at {describe_scores(score, reason)}", flush=True)
         app = make_app(predictor, score, limits, token)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound.getsockname()[1]}/"

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, describe_scores
 from ..config import is_two_stage
 from ..data import Mapper
 from ..errors import FileError
@@ -107,10 +107,15 @@ def write_pictures(
     for name in cfg.DATASETS.TEST:
         records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
         detections = read_detections(cfg, name, records)
-        thresholds: list[float] | float | None = score_thresh
-        if thresholds is None:
-            run = Run("", cfg, metrics)
-            _, thresholds = recommended_scores(run, name, metadata.thing_classes)
+        classes = metadata.thing_classes
+        thresholds: list[float] | float
+        if score_thresh is None:
+            score, thresholds, reason = recommended_scores(Run("", cfg, metrics), name, classes)
+            is_one = set(thresholds) <= {score}
+            shown = describe_scores(score if is_one else dict(zip(classes, thresholds)), reason)
+        else:
+            thresholds, shown = score_thresh, describe_scores(score_thresh, "as given")
+        print(f"Pictures of {name} show detections with scores of at least {shown}")
         chosen = choose(records, num_images)
         stems = [file_stem(f"{name}_{record['image_id']}") for record in chosen]
         for record, stem in zip(chosen, stems):

@@ -87,7 +87,7 @@ def _scores(runs: Sequence[Run], data: Dataset) -> list[str]:
     add("class", [(k.removeprefix("bbox/AP-"), [k]) for k in by_ap], ("AP",))
     kinds = [(kind, [f"calibration/{kind}>0.5"]) for kind in FALSE_POSITIVES]
     add("false, above a score of 0.5", kinds, ("%",))
-    scores = [recommended_scores(run, data.name, data.classes)[1] for run in runs]
+    scores = [recommended_scores(run, data.name, data.classes).classes for run in runs]
     if any("threshold/score" in r for r in last):
         rows = [[x, *(f"{s[c]:.2f}" for s in scores)] for c, x in enumerate(data.classes)]
         parts.append(
@@ -234,7 +234,7 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float |
         parts += _scores(runs, data)
         score = score_thresh
         if score is None:
-            score, _ = recommended_scores(runs[0], name, data.classes)
+            score = recommended_scores(runs[0], name, data.classes).score
         if data.has_truth:
             parts += _errors(runs, data, score)
         parts += gallery(runs, data, count, max_bytes, score)

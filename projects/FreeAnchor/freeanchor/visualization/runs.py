@@ -165,16 +165,26 @@ class Run(NamedTuple):
         ]
 
 
-def recommended_scores(run: Run, dataset: str, classes: Sequence[str]) -> tuple[float, list[float]]:
-    """The thresholds of the last evaluation: of all classes together, and of each; else 0.5."""
+class Scores(NamedTuple):
+    """Thresholds: of all classes together and of each, and why, see `describe_scores`."""
+
+    score: float
+    classes: list[float]
+    reason: str
+
+
+def recommended_scores(run: Run, dataset: str, classes: Sequence[str]) -> Scores:
+    """The thresholds of the last evaluation, else 0.5."""
     last = (run.evaluated(dataset) or [{}])[-1]
 
     def known(key: str, otherwise: float) -> float:
         score = last.get(f"threshold/{key}", math.nan)
         return otherwise if math.isnan(score) else score
 
-    score = known("score", _SCORE)
-    return score, [known(f"score-{name}", score) for name in classes]
+    score, reason = known("score", math.nan), f"with the best F1 on {dataset} (metrics.json)"
+    if math.isnan(score):
+        score, reason = _SCORE, "the default, as no evaluation of the run recommends others"
+    return Scores(score, [known(f"score-{name}", score) for name in classes], reason)
 
 
 class Dataset(NamedTuple):
