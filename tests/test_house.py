@@ -171,6 +171,26 @@ def test_errors_of_commands(how, tmp_path):
     assert done.stderr.strip() == "freeanchor convert: There is no file nowhere.pth"
 
 
+@pytest.mark.parametrize("folder", ["file", "file/folder"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "nowhere.pth", "{}/out.pth"],
+        ["export", "nowhere", "{}/out.onnx"],
+        ["predict", "nowhere", "nothing.jpg", "--out", "{}"],
+        ["shapes", "{}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_output_below_a_file(command, folder, tmp_path, monkeypatch):
+    """It is refused before anything is read or made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    expected = f"freeanchor {command[0]}: {folder} cannot be a folder to write to: file is a file"
+    with pytest.raises(SystemExit, match=f"^{expected}$"):
+        main([x.format(folder) for x in command])
+
+
 def test_wrong_options(tmp_path, cfg, coco):
     """A key that there is not is named, and a value without a key."""
     for file, text in (("config.yaml", cfg.dump()), ("metrics.json", "")):

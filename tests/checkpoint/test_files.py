@@ -298,6 +298,14 @@ def test_writing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, monkeyp
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["file/a.pth", "file/folder/a.pth", "file/a.safetensors"])
+def test_writing_below_a_file(name, tmp_path):
+    """What is in the way is named, whatever the system calls it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=f"folder to write to: {tmp_path}/file is a file"):
+        write_checkpoint(tmp_path / name, TENSORS, {})
+
+
 def test_writing_another_suffix(tmp_path):
     """The two that there are, are named."""
     with pytest.raises(FileError, match=r"written as \.pth or \.safetensors"):

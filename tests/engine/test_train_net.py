@@ -175,6 +175,14 @@ def test_weights_that_are_not_there(train_net, data_options, tmp_path):
     assert not output.exists()
 
 
+def test_output_below_a_file(train_net, data_options, tmp_path):
+    """What is in the way is named, before any work."""
+    register, names = data_options
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=f"folder to write to: {tmp_path}/file is a file"):
+        train_net(*register, *names, "OUTPUT_DIR", tmp_path / "file" / "output")
+
+
 def test_evaluation_of_other_classes(train_net, data_options, tmp_path, cfg):
     """AP of a random predictor is not what was asked for."""
     register, names = data_options

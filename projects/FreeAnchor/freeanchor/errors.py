@@ -1,8 +1,16 @@
 """The errors that a user sees: one sentence that names what is wrong and what to do."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["DatasetError", "FileError", "FreeAnchorError", "LoaderError", "shorten"]
+__all__ = [
+    "DatasetError",
+    "FileError",
+    "FreeAnchorError",
+    "LoaderError",
+    "check_folder",
+    "shorten",
+]
 
 _MOST_NAMED = 5
 
@@ -21,6 +29,18 @@ class FileError(FreeAnchorError):
 
 class LoaderError(FreeAnchorError):
     """The next batch cannot be loaded. What was trained before is as good as ever."""
+
+
+def check_folder(folder: str | Path) -> None:
+    """Find out before any work whether a folder to be written to is one, or can be made.
+
+    Raises:
+        FileError: it, or what it is to be in, is a file.
+    """
+    folder = Path(folder)
+    there = next((x for x in (folder, *folder.parents) if x.exists()), None)
+    if there is not None and not there.is_dir():
+        raise FileError(f"{folder} cannot be a folder to write to: {there} is a file")
 
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:

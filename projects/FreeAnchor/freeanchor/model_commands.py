@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .command_line import Command, add_options_argument
-from .errors import FreeAnchorError
+from .errors import FreeAnchorError, check_folder
 
 __all__ = ["MODEL_COMMANDS"]
 
@@ -138,6 +138,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> None:
     from .deploy import Predictor, export
 
+    check_folder(args.out.parent)
     predictor = Predictor(
         args.model, args.weights, confidence=args.confidence, device="cpu", options=args.opts
     )

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import FileError
 from .converter import Converted, is_counter
-from .files import CONFIG_KEY, find, read_checkpoint, write_checkpoint
+from .files import CONFIG_KEY, check_checkpoint_path, find, read_checkpoint, write_checkpoint
 from .formats import CONVERTERS
 from .thresholds import copy_thresholds
 
@@ -93,8 +93,10 @@ def convert_file(source: str, out: Path) -> None:
     """Convert a checkpoint and write it, with its config beside it.
 
     Raises:
-        FileError: see :func:`convert`; or the weights are Detectron2's, but need its heuristics.
+        FileError: see :func:`convert`; or the weights are Detectron2's, but need its heuristics;
+            or `out` cannot be written, which is found out first.
     """
+    check_checkpoint_path(out)
     path = find(source)
     if out.exists() and out.samefile(path):
         raise FileError(f"{out} is the source: give another name")

@@ -25,12 +25,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import OPT_IN, is_unsafe_allowed
-from ..errors import FileError
+from ..errors import FileError, check_folder
 from . import unpickle
 
 __all__ = [
     "CLASS_NAMES",
     "CONFIG_KEY",
+    "check_checkpoint_path",
     "find",
     "is_whole",
     "read_checkpoint",
@@ -164,6 +165,17 @@ def read_class_names(path: str) -> list[str]:
     return [str(x) for x in config.get(CLASS_NAMES, [])]
 
 
+def check_checkpoint_path(path: Path) -> None:
+    """Find out before any work whether :func:`write_checkpoint` can write there.
+
+    Raises:
+        FileError: another suffix than those that it writes, or its folder cannot be one.
+    """
+    if path.suffix not in (".pth", ".safetensors"):
+        raise FileError(f"{path}: weights are written as .pth or .safetensors")
+    check_folder(path.parent)
+
+
 def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write weights, as a whole or not at all.
 
@@ -176,8 +188,7 @@ def write_checkpoint(path: str | Path, model: dict[str, Tensor], config: dict[st
         FileError: another suffix, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".pth", ".safetensors"):
-        raise FileError(f"{path}: weights are written as .pth or .safetensors")
+    check_checkpoint_path(path)
     with replacing(path) as unfinished:
         if path.suffix == ".pth":
             torch.save({"model": model, "__author__": "FreeAnchor", CONFIG_KEY: config}, unfinished)
@@ -202,6 +213,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         FileError: it cannot be written; nothing is left of it, and `path` is as it was.
     """
     path = Path(path)
+    check_folder(path.parent)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from ..errors import check_folder
+
 CLASSES = ("bar", "disc", "ring", "crescent")
 _SIZE = 256
 # An object is refused where it would leave less than this of another one, or of itself, to see.
@@ -130,7 +132,11 @@ def write_shapes(
         num_val: number of validation images.
         seed: the same seed gives the same bytes.
         masks: whether the objects have their `segmentation` in the files.
+
+    Raises:
+        FileError: the directory cannot be one.
     """
+    check_folder(out_dir)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for split, count, stream in (("train", num_train, 0), ("val", num_val, 1)):
         images: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import FreeAnchorError
+from ..errors import FreeAnchorError, check_folder
 from .outputs import WRITERS, Detected
 from .predictor import Predictor
 from .sources import find_sources
@@ -33,6 +33,7 @@ def predict(
     Raises:
         FreeAnchorError: a source is not there, or something cannot be written.
     """
+    check_folder(out)
     errors = []
 
     def on_error(error: FreeAnchorError) -> None:

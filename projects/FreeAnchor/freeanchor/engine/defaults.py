@@ -31,7 +31,7 @@ from ..data import (
     report_findings,
     resolve_classes,
 )
-from ..errors import FileError, FreeAnchorError
+from ..errors import FileError, FreeAnchorError, check_folder
 from ..modeling.precision import choose_precision
 
 __all__ = ["argument_parser", "build_config", "check", "setup"]
@@ -117,6 +117,7 @@ def check(args: argparse.Namespace) -> None:
     """
     _check_devices(args)
     cfg = build_config(args)
+    check_folder(cfg.OUTPUT_DIR)
     choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
     if args.eval_only:
         is_there = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
