@@ -16,9 +16,10 @@ import copy
 
 import freeanchor  # noqa: F401  # isort: skip  # makes Detectron2 importable
 import torch
-from benchmark_losses import Row, alternate, make_cfg, peak_memory
+from benchmark_losses import Row, make_cfg, peak_memory
 from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import ImageList
+from freeanchor.engine.benchmark import alternate
 from freeanchor.modeling import detect, optimize_inference
 from torchvision.models.detection import retinanet_resnet50_fpn
 

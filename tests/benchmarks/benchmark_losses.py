@@ -25,10 +25,8 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +45,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
+from freeanchor.engine.benchmark import alternate
 from freeanchor.layers import ops
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -171,31 +170,6 @@ def make_cfg(name, device, num_classes=80):
 def detectron2_loss(model, features, predictions, instances):
     """Either model's own way from the outputs of its head to its losses."""
     return sum(model.forward_training(None, features, predictions, instances).values())
-
-
-def alternate(runs, device, *works):
-    """Median time of each work in milliseconds."""
-    times = [[] for _ in works]
-    for run in range(-3 if device == "cuda" else -1, runs):  # the negative ones warm up
-        for work, measured in zip(works, times):
-            duration = milliseconds(work, device)
-            if run >= 0:
-                measured.append(duration)
-    return [statistics.median(measured) for measured in times]
-
-
-def milliseconds(work, device):
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1000
 
 
 def peak_memory(work, device):

@@ -27,10 +27,11 @@ if "--torch-first" in sys.argv:
 
 import freeanchor  # noqa: F401  # isort: skip  # makes Detectron2 importable
 import torch
-from benchmark_losses import Row, alternate, describe_machine, make_instances
+from benchmark_losses import Row, describe_machine, make_instances
 from detectron2.utils.events import EventStorage
 from freeanchor import model_zoo
 from freeanchor.engine import Trainer
+from freeanchor.engine.benchmark import alternate
 from freeanchor.engine.step import TrainStep
 
 GOALS = {

@@ -5,7 +5,7 @@ import re
 import pytest
 from freeanchor.__main__ import main
 from freeanchor.engine import benchmark as measure
-from freeanchor.engine.benchmark import Setting, _alternate, _batch, _contestant, _training_step
+from freeanchor.engine.benchmark import Setting, _batch, _contestant, _training_step, alternate
 from freeanchor.errors import FreeAnchorError
 from tiny_run import TINY_MODEL
 
@@ -50,9 +50,9 @@ def test_contestants(cfg):
 def test_turns():
     """Works take turns, and the first one of each warms up."""
     order = []
-    times = _alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=2)
+    times = alternate(2, "cpu", lambda: order.append("a"), lambda: order.append("b"))
     assert order == ["a", "b"] * 3
-    assert set(times) == {"a", "b"}
+    assert len(times) == 2
 
 
 def test_refused(cfg):

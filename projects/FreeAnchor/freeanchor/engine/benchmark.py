@@ -27,7 +27,7 @@ from .precision import inference_autocast
 from .step import TrainStep
 from .trainer import Trainer
 
-__all__ = ["Figures", "Setting", "benchmark", "default_setting", "to_markdown"]
+__all__ = ["Figures", "Setting", "alternate", "benchmark", "default_setting", "to_markdown"]
 
 _OPPONENT = "RetinaNet"
 _SIDES = 16.0, 400.0  # of objects, in pixels: most of COCO's
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
         images: of a training step.
         size: height and width of all images.
         objects: in each image; COCO has 7.
-        runs: steps of each contestant that are timed, after one that is not.
+        runs: steps of each contestant that are timed, after some that are not.
     """
 
     images: int
@@ -89,16 +89,17 @@ def benchmark(cfg: CfgNode, setting: Setting) -> dict[str, Figures]:
         raise FreeAnchorError("images, size and runs must be at least 1, and objects at least 0")
     names = (name, _OPPONENT)
     cfgs = {x: _contestant(cfg, x) for x in names}
-    is_cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    measure = _peak_on_gpu if is_cuda else _peak_of_child
+    device = torch.device(cfg.MODEL.DEVICE).type
+    measure = _peak_on_gpu if device == "cuda" else _peak_of_child
     memory = {x: measure(cfgs[x], setting) for x in names}
     steps = {x: _training_step(cfgs[x], setting) for x in names}
     with EventStorage():
-        training = _alternate({x: step.run_step for x, step in steps.items()}, setting.runs)
-    detect = {x: _inference(cfgs[x], steps[x].model, setting) for x in names}
-    inference = _alternate(detect, setting.runs)
+        training = alternate(setting.runs, device, *(x.run_step for x in steps.values()))
+    detect = [_inference(cfgs[x], steps[x].model, setting) for x in names]
+    inference = alternate(setting.runs, device, *detect)
     return {
-        x: Figures(setting.images / training[x], 1 / inference[x], memory[x] / _MIB) for x in names
+        x: Figures(1000 * setting.images / step, 1000 / image, memory[x] / _MIB)
+        for x, step, image in zip(names, training, inference)
     }
 
 
@@ -190,22 +191,30 @@ def _inference(cfg: CfgNode, model: Any, setting: Setting) -> Callable[[], Any]:
     return detect
 
 
-def _alternate(works: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median seconds of works that take turns, after a turn that warms up."""
-    times: dict[str, list[float]] = {x: [] for x in works}
-    for _ in range(runs + 1):
-        for name, work in works.items():
-            _wait()
-            start = time.perf_counter()
-            work()
-            _wait()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(x[1:]) for name, x in times.items()}
+def alternate(runs: int, device: str, *works: Callable[[], Any]) -> list[float]:
+    """Median milliseconds of works on a type of device that take turns, after some that warm up."""
+    times: list[list[float]] = [[] for _ in works]
+    for run in range(-3 if device == "cuda" else -1, runs):  # the negative ones warm up
+        for work, measured in zip(works, times):
+            duration = _milliseconds(work, device)
+            if run >= 0:
+                measured.append(duration)
+    return [statistics.median(x) for x in times]
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
+def _milliseconds(work: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        duration: float = start.elapsed_time(end)
+        return duration
+    begin = time.perf_counter()
+    work()
+    return (time.perf_counter() - begin) * 1000
 
 
 def _peak_on_gpu(cfg: CfgNode, setting: Setting) -> float:
@@ -216,7 +225,7 @@ def _peak_on_gpu(cfg: CfgNode, setting: Setting) -> float:
     with EventStorage():
         for _ in range(2):  # momentum is there from the second one
             step.run_step()
-    _wait()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
