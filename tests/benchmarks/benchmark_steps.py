@@ -59,6 +59,9 @@ QUICK = Setting(
 R50 = Setting(
     "R-50, 2 x 320 px, 1 thread", "COCO-Detection/free_anchor_R_50_FPN_1x.yaml", 2, 320, 80, 1
 )
+LITE0 = Setting(
+    "fine-tuning, 4 x 320 px, 2 threads", "finetune/free_anchor_Lite0_FPN.yaml", 4, 320, 7, 2
+)
 
 
 def build_step(setting, mixed):
@@ -93,7 +96,7 @@ def convolve(dtype):
 
 
 def measure_precision(runs):
-    for setting in (QUICK, R50):
+    for setting in (QUICK, R50, LITE0):
         torch.set_num_threads(setting.threads)
         steps = [build_step(setting, mixed).run_step for mixed in (False, True)]
         title = f"{setting.title}: speed-up by mixed precision"
