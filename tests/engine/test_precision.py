@@ -231,13 +231,18 @@ def test_float32_where_bfloat16_is_unsafe_or_slow(cfg, layer, size, exact):
     """There the weights are not rounded, and elsewhere they are."""
     layer = copy.deepcopy(layer)
     x = torch.randn(2, layer.in_channels, size, size).bfloat16()
-    expected = layer(x.float()).bfloat16()
+    expected = layer(x.float())
     precision.optimize(configure(cfg, *MIXED), layer)
+
+    def is_exact():  # but for the last rounding; sums near zero tell rounded weights
+        error = (layer(x).float() - expected).abs()
+        return bool((error <= 2**-8 * expected.abs() + 1e-5).all())
+
     with precision.autocast(cfg):
-        assert torch.equal(layer(x), expected) == exact
+        assert is_exact() == exact
         if layer.groups > 1:  # which is slow in the backward pass alone
             with torch.no_grad():
-                assert not torch.equal(layer(x), expected)
+                assert not is_exact()
 
 
 @pytest.mark.parametrize("channels", [64, 512])
