@@ -305,9 +305,12 @@ void atomic(const void* address, size_t bytes) {
     emulator::note_access(address, size, is_write);              \
   }
 #define ACCESSES(size) ACCESS(read, size, false) ACCESS(write, size, true)
-ACCESSES(1)
-ACCESSES(2) ACCESSES(4) ACCESSES(8)
-    ACCESSES(16) extern "C" void __tsan_read_range(void* address, size_t size) {
+ACCESSES(1);
+ACCESSES(2);
+ACCESSES(4);
+ACCESSES(8);
+ACCESSES(16);
+extern "C" void __tsan_read_range(void* address, size_t size) {
   emulator::note_access(address, size, false);
 }
 extern "C" void __tsan_write_range(void* address, size_t size) {
@@ -344,10 +347,11 @@ extern "C" void __tsan_vptr_read(void**) {
     return __atomic_compare_exchange_n(                                 \
         p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
   }
-ATOMIC(8, uint8_t)
-ATOMIC(32, uint32_t) ATOMIC(64, uint64_t)
+ATOMIC(8, uint8_t);
+ATOMIC(32, uint32_t);
+ATOMIC(64, uint64_t);
 
-    TORCH_LIBRARY(freeanchor_emulator, m) {
+TORCH_LIBRARY(freeanchor_emulator, m) {
   m.def("seed(int seed) -> ()", [](int64_t seed) { emulator::randomness.seed(seed); });
   m.def("find_races(bool on) -> ()", [](bool on) { emulator::finding_races = on; });
   // A barrier that is as if it were removed, by its number in the translation; -1 for none.
