@@ -74,9 +74,9 @@ def test_opcheck(device):
     half = torch.tensor(0.5, device=device)
     arguments = case.deltas, case.anchors, *case.objects, [*CODING[0], CODING[1]], 0.3, 2.0
     grads = [torch.empty_like(x) for x in logits]
-    opcheck(library.negative_bag_loss, (logits, *arguments, half, half, grads))
-    opcheck(library.negative_bag_loss, (logits, *arguments, half, half, []))
-    opcheck(library.put_, (logits, case.bag, torch.rand(3, 6, device=device), half))
+    opcheck(library.negative_bag_loss, (logits, *arguments, half, grads))
+    opcheck(library.negative_bag_loss, (logits, *arguments, half, []))
+    opcheck(library.put_, (logits, case.bag, torch.rand(3, 6, device=device)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -271,7 +271,7 @@ def test_sources_of_one_element_are_rounded_once(dtype, device):
     level = torch.ones(1, 2, 1, dtype=dtype, device=device)
     index = torch.zeros(100, dtype=torch.int64, device=device)
     source = torch.full((100,), 1e-4, device=device)
-    torch.ops.freeanchor.put_([level], index, source, None)
+    torch.ops.freeanchor.put_([level], index, source)
     expected = torch.tensor([[[1.01], [1.0]]]).to(dtype)
     torch.testing.assert_close(level.cpu(), expected)
 

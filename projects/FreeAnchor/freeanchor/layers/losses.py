@@ -59,7 +59,6 @@ def negative_bag_loss(
     coding: Sequence[float],
     threshold: float,
     gamma: float,
-    scale: Tensor,
     grad_scale: Tensor,
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -78,14 +77,12 @@ def negative_bag_loss(
         coding: the numbers of a :class:`BoxCoding`, one after the other.
         threshold: as for :func:`freeanchor.layers.matching.box_prob`.
         gamma: focusing parameter, at least 1.
-        scale: scalar factor of the loss.
         grad_scale: scalar factor of the gradient.
         grads: where to write the gradient times `grad_scale`: a tensor for each level, of its shape
             and memory layout, or none if the gradient is not wanted.
 
     Returns:
-        Tuple of the scalar loss times `scale`, and the (M,) highest IoUs of `box_prob`. They are in
-        float32 or better.
+        Tuple of the scalar loss in float64, and the (M,) highest IoUs of `box_prob`.
     """
     objects = Objects(gt_boxes, gt_classes, gt_images)
     *weights, clamp = coding
@@ -93,7 +90,7 @@ def negative_bag_loss(
     num_classes = logits[0].shape[-1]
     cells, prob, max_iou = box_prob(deltas, anchors, objects, num_classes, box_coding, threshold)
     total = background_loss(logits, cells, prob, gamma, grad_scale, grads)
-    return (total * scale).to(scale.dtype), max_iou
+    return total, max_iou
 
 
 def background_loss(
@@ -104,7 +101,7 @@ def background_loss(
     grad_scale: Tensor,
     grads: Sequence[Tensor],
 ) -> Tensor:
-    """:func:`negative_bag_loss` for known P{a in A+}: a sum in float64, without its scale.
+    """:func:`negative_bag_loss` for known P{a in A+}.
 
     The sum does not depend on the order of the logits, so they are read as they lie in memory, as
     if P{a in A+} were 0 everywhere, and the few cells where it is not are put right afterwards.

@@ -169,21 +169,17 @@ def take(levels: Sequence[Tensor], index: Tensor, name: str = "index") -> Tensor
 
 
 @torch.no_grad()
-def put_(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor | None) -> None:
-    """Multiply the levels by a factor, then add `source` at `index`: the gradient of `take`.
+def put_(levels: Sequence[Tensor], index: Tensor, source: Tensor) -> None:
+    """Add `source` at `index` to the levels: the gradient of `take`.
 
-    All of it in float32 or better: each element is rounded to its dtype once after it was
-    multiplied, and once after the sum of its sources, however many they are, was added.
+    In float32 or better: each element is rounded to its dtype once, after the sum of its sources,
+    however many they are, was added.
 
     Args:
         levels: L tensors (N, ..., D), changed in place.
         index: int64 indices as for :func:`take`. The sources of an index that is there twice add.
         source: what to add, of the shape of `index`, in float32 or better.
-        factor: scalar of the dtype of `source`, on the device of the levels; None for 1.
     """
-    if factor is not None:
-        for level in levels:
-            level.copy_(level.to(factor.dtype).mul_(factor))  # float16 may not hold the factor
     unique, inverse = index.flatten().unique(return_inverse=True)
     total = take(levels, unique).index_add_(0, inverse, source.flatten())
     for level, here, position in locate(levels, unique):

@@ -81,13 +81,11 @@ _iou_topk = _define(
     "iou_topk(Tensor[] anchors, Tensor gt_boxes, int k) -> Tensor", matching.iou_topk
 )
 _take = _define("take(Tensor[] levels, Tensor index) -> Tensor", matching.take)
-_put_ = _define(
-    "put_(Tensor(a!)[] levels, Tensor index, Tensor source, Tensor? factor) -> ()", matching.put_
-)
+_put_ = _define("put_(Tensor(a!)[] levels, Tensor index, Tensor source) -> ()", matching.put_)
 _negative_bag_loss = _define(
     "negative_bag_loss(Tensor[] logits, Tensor[] deltas, Tensor[] anchors, Tensor gt_boxes, "
     "Tensor gt_classes, Tensor gt_images, float[] coding, float threshold, float gamma, "
-    "Tensor scale, Tensor grad_scale, Tensor(a!)[] grads) -> (Tensor, Tensor)",
+    "Tensor grad_scale, Tensor(a!)[] grads) -> (Tensor, Tensor)",
     losses.negative_bag_loss,
 )
 
@@ -175,7 +173,7 @@ class _Put(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, index: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(index)
         grads = [torch.zeros_like(level, device=grad.device) for level in like]
-        _put_(grads, index, grad, None)
+        _put_(grads, index, grad)
         return tuple(grads)
 
     @staticmethod
@@ -185,7 +183,7 @@ class _Put(torch.autograd.Function):
 
 
 @torch.library.register_fake("freeanchor::put_")
-def _(levels: Sequence[Tensor], index: Tensor, source: Tensor, factor: Tensor | None) -> None:
+def _(levels: Sequence[Tensor], index: Tensor, source: Tensor) -> None:
     return None
 
 
@@ -249,14 +247,14 @@ def negative_bag_loss(
     if torch.is_grad_enabled() and any(level.requires_grad for level in logits):
         result = _NegativeBagLoss.apply(bag, arguments, scale.detach(), *logits)
     else:
-        loss, max_iou = _negative_bag_loss(logits, *arguments, scale.detach(), scale, [])
-        result = loss, _take(logits, bag), max_iou
+        loss, max_iou = _negative_bag_loss(logits, *arguments, scale, [])
+        result = (loss * scale.detach()).to(scale.dtype), _take(logits, bag), max_iou
     return result
 
 
 @torch.library.register_fake("freeanchor::negative_bag_loss")
 def _(logits: Sequence[Tensor], deltas: Any, anchors: Any, gt_boxes: Tensor, *_: Any) -> Any:
-    return gt_boxes.new_empty(()), gt_boxes.new_empty(len(gt_boxes))
+    return gt_boxes.new_empty((), dtype=torch.float64), gt_boxes.new_empty(len(gt_boxes))
 
 
 class _NegativeBagLoss(torch.autograd.Function):
@@ -278,7 +276,6 @@ class _NegativeBagLoss(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, grad_bag: Tensor | None, _: None
     ) -> tuple[Any, ...]:
         bag, scale, *logits = ctx.saved_tensors
-        factor = None
         with torch.no_grad():
             if grad_loss is None:
                 grads = [torch.zeros_like(level) for level in logits]
@@ -290,9 +287,9 @@ class _NegativeBagLoss(torch.autograd.Function):
                 factor = grad_loss
                 if logits[0].dtype == torch.float16:
                     factor = grad_loss * (scale / _FLOAT16_GRAD_SCALE)
-            if grad_bag is None:
-                bag, grad_bag = bag.flatten()[:0], scale.new_empty(0)
-            _put_(grads, bag, grad_bag, factor)
+                _multiply_(grads, factor)
+            if grad_bag is not None:
+                _put_(grads, bag, grad_bag)
         if torch.is_grad_enabled():  # with create_graph=True
             # Autograd would take them for constants, and second derivatives would be silently zero.
             refusal = torch._C._functions.DelayedError(_NO_SECOND_DERIVATIVE, len(grads))
@@ -305,6 +302,16 @@ _NO_SECOND_DERIVATIVE = (
 )
 
 
+def _multiply_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply by a scalar of float32 or better, which float16 may not hold."""
+    if not factor.is_cpu:
+        for grad in grads:
+            torch.mul(grad, factor[None], out=grad)  # without a dimension it would be rounded first
+    # It mostly is 1, which neither a device is to be asked for nor a tracer knows.
+    elif torch.compiler.is_compiling() or factor != 1:
+        torch._foreach_mul_(grads, factor)
+
+
 def _with_grads(
     logits: Sequence[Tensor], arguments: tuple[Any, ...], scale: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -312,5 +319,5 @@ def _with_grads(
     # Else the factor is final in most cases, so that gradients are written once.
     is_half = logits[0].dtype == torch.float16
     grad_scale = torch.full_like(scale, _FLOAT16_GRAD_SCALE) if is_half else scale
-    loss, max_iou = _negative_bag_loss(logits, *arguments, scale, grad_scale, grads)
-    return loss, max_iou, grads
+    loss, max_iou = _negative_bag_loss(logits, *arguments, grad_scale, grads)
+    return (loss * scale).to(scale.dtype), max_iou, grads

@@ -10,27 +10,20 @@
 namespace freeanchor {
 
 // a * b + c; `fma` says that it is one instruction.
-template <bool fma>
-FREEANCHOR_INLINE float multiply_add(float a, float b, float c) {
+template <bool fma, typename T>
+FREEANCHOR_INLINE T multiply_add(T a, T b, T c) {
   if constexpr (fma) {
     return std::fma(a, b, c);
   } else {
     return a * b + c;
   }
 }
-template <bool>
-FREEANCHOR_INLINE double multiply_add(double a, double b, double c) {
-  return a * b + c;
-}
 
 // The polynomial with these coefficients, of the highest power first.
-template <bool fma>
-FREEANCHOR_INLINE float polynomial(float, float last) {
-  return last;
-}
 template <bool fma, typename... Lower>
-FREEANCHOR_INLINE float polynomial(float x, float highest, float next, Lower... lower) {
-  return polynomial<fma>(x, multiply_add<fma>(highest, x, next), lower...);
+FREEANCHOR_INLINE float polynomial(float x, float sum, Lower... lower) {
+  ((sum = multiply_add<fma>(sum, x, lower)), ...);
+  return sum;
 }
 
 // exp(-z) for z >= 0, to two units in the last place. Above 87, where the result is below 2^-125,

@@ -8,23 +8,34 @@
 #include <ATen/ATen.h>
 #include <c10/macros/Macros.h>
 
+#include <algorithm>
+#include <limits>
+
+#include "box_iou.h"
+
 namespace freeanchor {
 
-constexpr int kMaxLevels = 16;
+constexpr int kMaxLevels = 10; // four Levels are passed to a kernel of CUDA, in at most 4 KiB
 
 template <typename scalar_t>
 struct Level {
   scalar_t* data;
-  int64_t first;   // index of its first anchor among those of all levels
-  int64_t anchors; // H * W * A
-  int64_t width, per_cell;
+  int64_t first;     // index of its first anchor among those of all levels
   int64_t stride[5]; // of n, y, x, a and d
+  int32_t anchors;   // H * W * A, in 32 bits for fast divisions
+  int32_t height, width, per_cell;
+  bool grid; // whether it has five dimensions
 
   // The numbers of anchor `anchor` of this level in image `n`; stride[4] apart.
-  C10_HOST_DEVICE scalar_t* at(int64_t n, int64_t anchor) const {
-    const int64_t cell = anchor / per_cell, y = cell / width;
+  C10_HOST_DEVICE scalar_t* at(int64_t n, int32_t anchor) const {
+    const int32_t cell = anchor / per_cell, y = cell / width;
     return data + n * stride[0] + y * stride[1] + (cell - y * width) * stride[2] +
            (anchor - cell * per_cell) * stride[3];
+  }
+
+  // Of a level without gaps in memory, for one image and with D = 4.
+  C10_HOST_DEVICE const Box<scalar_t>* boxes() const {
+    return reinterpret_cast<const Box<scalar_t>*>(data);
   }
 };
 
@@ -36,6 +47,17 @@ struct Levels {
 
   C10_HOST_DEVICE int64_t size() const {
     return images * anchors * depth;
+  }
+  // The elements of a level.
+  C10_HOST_DEVICE int64_t size_of(int l) const {
+    return images * level[l].anchors * depth;
+  }
+
+  const Level<scalar_t>* begin() const {
+    return level;
+  }
+  const Level<scalar_t>* end() const {
+    return level + count;
   }
 
   // The level of an anchor j < R.
@@ -52,44 +74,40 @@ struct Levels {
     const int64_t row = index / depth, d = index - row * depth;
     const int64_t n = row / anchors, j = row - n * anchors;
     const Level<scalar_t>& of_anchor = level_of(j);
-    return of_anchor.at(n, j - of_anchor.first)[d * of_anchor.stride[4]];
+    return of_anchor.at(n, static_cast<int32_t>(j - of_anchor.first))[d * of_anchor.stride[4]];
   }
 };
 
-// Views the tensors of an argument as Levels, as far as memory safety needs it: ops.py has checked
-// the rest, with messages for users.
+// Views the tensors of an argument as Levels, as far as memory safety needs it.
 template <typename scalar_t>
-Levels<scalar_t> view_levels(const char* name, at::TensorList tensors) {
+Levels<scalar_t> view_levels(const char* name, at::TensorList tensors, at::Device device) {
   TORCH_CHECK(
       0 < tensors.size() && tensors.size() <= kMaxLevels, name, " must have 1 to ", kMaxLevels,
       " levels, got ", tensors.size());
   Levels<scalar_t> levels;
   levels.images = tensors[0].size(0);
   levels.depth = tensors[0].size(-1);
-  for (const at::Tensor& x : tensors) {
+  for (at::Tensor x : tensors) {
     TORCH_CHECK(
         3 <= x.dim() && x.dim() <= 5 && x.size(0) == levels.images && x.size(-1) == levels.depth,
         name, " must be (N, anchors, D) or (N, H, W, A, D), got ", x.sizes());
-    TORCH_CHECK(
-        x.scalar_type() == tensors[0].scalar_type() && x.device() == tensors[0].device(), name,
-        " must have one dtype and be on one device");
+    TORCH_CHECK(x.device() == device, name, " must be on ", device, ", got ", x.device());
     Level<scalar_t>& level = levels.level[levels.count++];
+    level.grid = x.dim() == 5;
+    while (x.dim() < 5) {
+      x = x.unsqueeze(1);
+    }
     level.data = const_cast<scalar_t*>(x.const_data_ptr<scalar_t>());
     level.first = levels.anchors;
-    // Dimensions that a flattened level lacks have size 1.
-    const int64_t missing = 5 - x.dim();
-    int64_t sizes[5] = {x.size(0), 1, 1, 1, x.size(-1)};
-    level.stride[0] = x.stride(0);
-    level.stride[1] = level.stride[2] = level.stride[3] = 0;
-    level.stride[4] = x.stride(-1);
-    for (int64_t d = 1; d + 1 < x.dim(); ++d) {
-      sizes[d + missing] = x.size(d);
-      level.stride[d + missing] = x.stride(d);
-    }
-    level.width = sizes[2];
-    level.per_cell = sizes[3];
-    level.anchors = sizes[1] * sizes[2] * sizes[3];
-    levels.anchors += level.anchors;
+    const int64_t anchors = x.size(1) * x.size(2) * x.size(3);
+    TORCH_CHECK(
+        anchors <= std::numeric_limits<int32_t>::max(), name, " must have less than 2^31 anchors");
+    level.anchors = static_cast<int32_t>(anchors);
+    level.height = static_cast<int32_t>(x.size(1));
+    level.width = static_cast<int32_t>(x.size(2));
+    level.per_cell = static_cast<int32_t>(x.size(3));
+    std::copy_n(x.strides().begin(), 5, level.stride);
+    levels.anchors += anchors;
   }
   return levels;
 }

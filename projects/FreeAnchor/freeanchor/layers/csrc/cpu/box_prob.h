@@ -14,13 +14,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../box_iou.h"
-#include "../levels.h"
+#include "../arguments.h"
 
 namespace freeanchor {
 
 // Anchors per task. The results of the tasks are joined in order.
-constexpr int64_t kAnchors = 4096;
+constexpr int32_t kAnchors = 4096;
 
 // The objects of one image by the centres and areas that boxes have which may match them.
 template <typename T>
@@ -132,47 +131,46 @@ bool similar(T a, T b, T threshold) {
 
 template <typename T>
 struct Match {
-  int64_t anchor, object; // of the batch
+  int64_t anchor, object;
   T iou;
 };
 
+// Anchors of a level in an image.
 template <typename T>
 struct Task {
-  int64_t image, level, begin, end;
+  int64_t image;
+  int level;
+  int32_t begin, end;
   std::vector<Match<T>> matches;
 };
 
 // Finds the predictions of a task that overlap an object by more than the threshold, by anchor.
-template <typename scalar_t, typename T>
-void find_matches(
-    Task<T>& task, const Level<scalar_t>& deltas, const T* anchors, const Bins<T>& bins,
-    const Box<T>* objects, int64_t first_object, at::ArrayRef<double> coding, T threshold) {
-  const T weights[4] = {T(coding[0]), T(coding[1]), T(coding[2]), T(coding[3])};
-  const T scale_clamp = T(coding[4]);
-  for (int64_t j = task.begin; j < task.end; ++j) {
-    const scalar_t* raw = deltas.at(task.image, j);
-    const T* a = anchors + 4 * j;
-    const Box<T> anchor{a[0], a[1], a[2], a[3]};
-    const auto delta = [&](int d) {
-      return static_cast<T>(raw[d * deltas.stride[4]]) / weights[d];
-    };
+template <typename T>
+void find_matches(const Matching<T>& matching, const Bins<T>& bins, Task<T>& task) {
+  const Level<T>& deltas = matching.deltas.level[task.level];
+  const Box<T>* anchors = matching.anchors.level[task.level].boxes();
+  const int64_t first_object = matching.objects.first[task.image];
+  for (int32_t j = task.begin; j < task.end; ++j) {
+    const T* raw = deltas.at(task.image, j);
+    const Box<T>& anchor = anchors[j];
+    const auto delta = [&](int d) { return raw[d * deltas.stride[4]] / matching.weights[d]; };
     const T x = decode_centre(delta(0), anchor.x1, anchor.x2);
     const T y = decode_centre(delta(1), anchor.y1, anchor.y2);
     if (!bins.any(x, y)) {
       continue;
     }
-    const T half_width = decode_half(delta(2), anchor.x1, anchor.x2, scale_clamp);
-    const T half_height = decode_half(delta(3), anchor.y1, anchor.y2, scale_clamp);
+    const T half_width = decode_half(delta(2), anchor.x1, anchor.x2, matching.scale_clamp);
+    const T half_height = decode_half(delta(3), anchor.y1, anchor.y2, matching.scale_clamp);
     const Box<T> box{x - half_width, y - half_height, x + half_width, y + half_height};
     bins.for_each(x, y, box.area(), [&](int64_t i) {
       // The IoU is at most the ratio of the widths, and of the heights.
-      const Box<T>& object = objects[i];
-      if (!similar(box.x2 - box.x1, object.x2 - object.x1, threshold) ||
-          !similar(box.y2 - box.y1, object.y2 - object.y1, threshold)) {
+      const Box<T>& object = matching.objects.boxes[first_object + i];
+      if (!similar(box.x2 - box.x1, object.x2 - object.x1, matching.threshold) ||
+          !similar(box.y2 - box.y1, object.y2 - object.y1, matching.threshold)) {
         return;
       }
       const T iou = box_iou(object, box);
-      if (iou > threshold) {
+      if (iou > matching.threshold) {
         task.matches.push_back({deltas.first + j, first_object + i, iou});
       }
     });
@@ -186,39 +184,27 @@ struct Cell {
   T prob;
 };
 
-// Gives the cells, and writes the highest IoU with each object.
-template <typename scalar_t, typename T>
-std::vector<Cell<T>> box_prob(
-    at::TensorList delta_tensors, const std::vector<at::Tensor>& anchors,
-    const at::Tensor& gt_boxes, const int64_t* classes, const int64_t* images, int64_t num_classes,
-    at::ArrayRef<double> coding, double threshold, T* highest) {
-  const auto deltas = view_levels<scalar_t>("deltas", delta_tensors);
-  const auto* objects = reinterpret_cast<const Box<T>*>(gt_boxes.const_data_ptr<T>());
-  const int64_t num_objects = gt_boxes.size(0);
+// Gives the cells, and raises `highest`, zeros, to the highest IoU with each object.
+template <typename T>
+std::vector<Cell<T>> box_prob(const Matching<T>& matching, T* highest) {
+  const Levels<T>& deltas = matching.deltas;
   std::vector<Bins<T>> bins;
-  std::vector<int64_t> first_object;
   std::vector<Task<T>> tasks;
   for (int64_t n = 0; n < deltas.images; ++n) {
-    const auto [begin, end] = std::equal_range(images, images + num_objects, n);
-    first_object.push_back(begin - images);
-    bins.emplace_back(objects + first_object[n], end - begin, threshold);
-    for (int64_t l = 0; l < deltas.count && begin < end; ++l) {
-      for (int64_t j = 0; j < deltas.level[l].anchors; j += kAnchors) {
+    const int64_t begin = matching.objects.first[n], count = matching.objects.first[n + 1] - begin;
+    bins.emplace_back(matching.objects.boxes + begin, count, matching.threshold);
+    for (int l = 0; l < deltas.count && count > 0; ++l) {
+      for (int32_t j = 0; j < deltas.level[l].anchors; j += kAnchors) {
         tasks.push_back({n, l, j, std::min(j + kAnchors, deltas.level[l].anchors), {}});
       }
     }
   }
   at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      Task<T>& task = tasks[t];
-      const int64_t first = first_object[task.image];
-      find_matches<scalar_t, T>(
-          task, deltas.level[task.level], anchors[task.level].template const_data_ptr<T>(),
-          bins[task.image], objects + first, first, coding, T(threshold));
+      find_matches(matching, bins[tasks[t].image], tasks[t]);
     }
   });
 
-  std::fill_n(highest, num_objects, T(0));
   for (const Task<T>& task : tasks) {
     for (const Match<T>& match : task.matches) {
       highest[match.object] = std::max(highest[match.object], match.iou);
@@ -234,10 +220,10 @@ std::vector<Cell<T>> box_prob(
         anchor = match.anchor;
         first = cells.size();
       }
-      const int64_t index =
-          (task.image * deltas.anchors + anchor) * num_classes + classes[match.object];
-      const T ramp = highest[match.object] - T(threshold);
-      const T prob = (match.iou - T(threshold)) / ramp;
+      const int64_t index = (task.image * deltas.anchors + anchor) * matching.num_classes +
+                            matching.objects.classes[match.object];
+      const T ramp = highest[match.object] - matching.threshold;
+      const T prob = (match.iou - matching.threshold) / ramp;
       const auto same = std::find_if(cells.begin() + first, cells.end(), [&](const Cell<T>& cell) {
         return cell.index == index;
       });

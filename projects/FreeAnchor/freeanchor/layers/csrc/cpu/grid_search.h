@@ -4,11 +4,7 @@
 // others the k-th best IoU so far bounds the rows and columns to look at.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <cmath>
-
-#include "../checks.h"
+#include "../arguments.h"
 #include "best.h"
 
 namespace freeanchor {
@@ -94,31 +90,26 @@ struct Shape {
 
 // Checks the grids among the levels, and gives their shapes, whose coordinates lie in the memory.
 template <typename T>
-std::vector<Shape<T>>
-load_shapes(const std::vector<at::Tensor>& levels, std::vector<T>& coordinates) {
+std::vector<Shape<T>> load_shapes(const Levels<T>& levels, std::vector<T>& coordinates) {
   std::vector<Shape<T>> shapes;
-  int64_t size = 0, first = 0;
-  for (const at::Tensor& level : levels) {
-    size += level.dim() == 4 ? 2 * (level.size(0) + level.size(1)) * level.size(2) : 0;
+  int64_t size = 0;
+  for (const Level<T>& level : levels) {
+    size += level.grid ? 2 * (level.height + level.width) * level.per_cell : 0;
   }
   coordinates.resize(size);
   T* memory = coordinates.data();
-  for (const at::Tensor& level : levels) {
-    const bool grid = level.dim() == 4 && level.numel() > 0;
-    const int64_t height = level.size(0), width = grid ? level.size(1) : 0,
-                  per_cell = grid ? level.size(2) : 0;
-    for (int64_t a = 0; a < per_cell; ++a) {
-      const T* corner = level.const_data_ptr<T>() + 4 * a;
-      const Axis<T> x(corner, 4 * per_cell, width, memory);
-      const Axis<T> y(corner + 1, 4 * per_cell * width, height, memory);
-      const T* last = corner + level.numel() - 4 * per_cell;
+  for (const Level<T>& level : levels) {
+    for (int a = 0; level.grid && level.anchors > 0 && a < level.per_cell; ++a) {
+      const T* corners = level.data + a * level.stride[3];
+      const Axis<T> x(corners, level.stride[2], level.width, memory);
+      const Axis<T> y(corners + 1, level.stride[1], level.height, memory);
+      const Box<T>& last = level.boxes()[level.anchors - level.per_cell + a];
       TORCH_CHECK_VALUE(
-          last[0] == x.low[width - 1] && last[2] == x.high[width - 1] &&
-              last[1] == y.low[height - 1] && last[3] == y.high[height - 1],
+          last.x1 == x.low[x.count - 1] && last.x2 == x.high[x.count - 1] &&
+              last.y1 == y.low[y.count - 1] && last.y2 == y.high[y.count - 1],
           kBadGrid);
-      shapes.push_back({x, y, first + a, per_cell});
+      shapes.push_back({x, y, level.first + a, level.per_cell});
     }
-    first += level.numel() / 4;
   }
   return shapes;
 }

@@ -5,8 +5,7 @@
 // skip what is bad, so until then nothing is read out of bounds, and the context stays alive.
 #pragma once
 
-#include "../checks.h"
-#include "../levels.h"
+#include "../arguments.h"
 #include "launch.cuh"
 
 namespace freeanchor {
@@ -45,20 +44,6 @@ inline void raise_errors() {
   TORCH_CHECK_VALUE(error != kIndex, "index", kOutOfRange, bound, ")");
 }
 
-// Levels of anchors without gaps in memory: (H, W, A, 4) where they are to be grids, else (R_l, 4).
-template <typename T>
-Levels<T> view_anchors(std::vector<at::Tensor> tensors, bool grids) {
-  for (at::Tensor& x : tensors) {
-    x = (grids && x.dim() == 4 ? x : x.view({-1, 4})).unsqueeze(0);
-  }
-  return view_levels<T>("anchors", tensors);
-}
-
-template <typename T>
-C10_HOST_DEVICE const Box<T>* boxes_of(const Level<T>& level) {
-  return reinterpret_cast<const Box<T>*>(level.data);
-}
-
 template <typename T>
 __device__ bool in_order(T low, T high, T next_low, T next_high) {
   return double(low) + high <= double(next_low) + next_high; // twice the centres
@@ -66,10 +51,10 @@ __device__ bool in_order(T low, T high, T next_low, T next_high) {
 
 // An anchor of a grid, whose x are those of the first row and y those of the first column.
 template <typename T>
-__device__ bool fits_grid(const Level<T>& grid, int64_t i) {
-  const Box<T>* anchors = boxes_of(grid);
-  const int64_t row_size = grid.width * grid.per_cell, row = i / row_size;
-  const int64_t in_row = i - row * row_size, a = in_row % grid.per_cell;
+__device__ bool fits_grid(const Level<T>& grid, int32_t i) {
+  const Box<T>* anchors = grid.boxes();
+  const int32_t row_size = grid.width * grid.per_cell, row = i / row_size;
+  const int32_t in_row = i - row * row_size, a = in_row % grid.per_cell;
   const Box<T> box = anchors[i], x = anchors[in_row], y = anchors[row * row_size + a];
   bool valid = true;
   if (row == 0) {
@@ -86,38 +71,27 @@ __device__ bool fits_grid(const Level<T>& grid, int64_t i) {
   return valid;
 }
 
-template <typename T>
-struct ObjectList {
-  const Box<T>* boxes;
-  const int64_t *classes, *images; // may be null
-  int64_t count;
-};
-
 // A thread per object or anchor.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) check_kernel(
-    const ObjectList<T> objects, const Levels<T> anchors, int64_t num_classes, int64_t num_images,
+    const Objects<T> objects, const Levels<T> anchors, int64_t num_classes, int64_t num_images,
     int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < anchors.anchors) {
     const Level<T>& level = anchors.level_of(i);
-    const bool grid = level.stride[1] > 0; // else it has no rows
-    if (!grid && !is_valid(boxes_of(level)[i - level.first])) {
-      report(note, kAnchors);
-    }
-    if (grid && !fits_grid(level, i - level.first)) {
-      report(note, kGrid);
+    const auto in_level = static_cast<int32_t>(i - level.first);
+    if (!(level.grid ? fits_grid(level, in_level) : is_valid(level.boxes()[in_level]))) {
+      report(note, level.grid ? kGrid : kAnchors);
     }
   }
   if (i < objects.count) {
     if (!is_valid(objects.boxes[i])) {
       report(note, kGtBoxes);
     }
-    if (objects.classes && !(0 <= objects.classes[i] && objects.classes[i] < num_classes)) {
+    if (objects.classes && !objects.class_is_valid(i, num_classes)) {
       report(note, kClasses, num_classes);
     }
-    if (objects.images && !((i > 0 ? objects.images[i - 1] : 0) <= objects.images[i] &&
-                            objects.images[i] < num_images)) {
+    if (objects.images && !objects.image_is_valid(i, num_images)) {
       report(note, kImages, num_images);
     }
   }
@@ -125,8 +99,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(
 
 template <typename T>
 void check_values(
-    const ObjectList<T>& objects, const Levels<T>& anchors, int64_t num_classes,
-    int64_t num_images) {
+    const Objects<T>& objects, const Levels<T>& anchors, int64_t num_classes, int64_t num_images) {
   if (const int64_t items = std::max(objects.count, anchors.anchors)) {
     check_kernel<T><<<num_blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         objects, anchors, num_classes, num_images, error_note());

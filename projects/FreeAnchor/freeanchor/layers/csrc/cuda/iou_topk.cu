@@ -2,7 +2,6 @@
 //
 // Blocks search slices of the anchors for an object, and one block joins what they found. The order
 // of candidates is total, so threads may find them in any order.
-#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -31,12 +30,13 @@ class Best {
   // Memory of the block: room for `capacity` candidates, and their number.
   __device__ Best(Candidate<T>* candidates, int capacity, int* size, int k)
       : candidates_(candidates), capacity_(capacity), size_(size), k_(k) {
-    clear();
+    clear(-1);
   }
 
-  // Followed by offer(), which waits for the other threads.
-  __device__ void clear() {
-    bound_ = {0, INFINITY, INT64_MAX};
+  // From now on takes anchors that overlap, or else are nearer than `distance`. Followed by
+  // offer(), which waits for the other threads.
+  __device__ void clear(T distance) {
+    bound_ = {0, distance, INT64_MAX};
     sorted_ = 0;
     if (threadIdx.x == 0) {
       *size_ = 0;
@@ -55,7 +55,7 @@ class Best {
     return candidates_[i];
   }
 
-  // Offers up to `count` candidates: those i for which get(i, candidate) is true.
+  // Offers the candidates get(i) for i < count.
   template <typename F>
   __device__ void offer(int64_t count, F get) {
     for (int64_t first = 0; first < count; first += kRound) {
@@ -65,22 +65,23 @@ class Best {
 #pragma unroll
       for (int step = 0; step < kStep; ++step) {
         const int64_t i = first + step * kSearchThreads + threadIdx.x;
-        Candidate<T> candidate;
-        if (i < count && get(i, candidate) && candidate < bound_) {
-          candidates_[atomicAdd(size_, 1)] = candidate;
+        if (i < count) {
+          const Candidate<T> candidate = get(i);
+          if (candidate < bound_) {
+            candidates_[atomicAdd(size_, 1)] = candidate;
+          }
         }
       }
     }
   }
 
-  // Offers the anchors [begin, end). Those that do not overlap the box only if `disjoint`.
-  __device__ void offer_anchors(
-      const Levels<T>& levels, int64_t begin, int64_t end, const Box<T>& box, bool disjoint) {
-    offer(end - begin, [&](int64_t i, Candidate<T>& candidate) {
+  // Offers the anchors [begin, end).
+  __device__ void
+  offer_anchors(const Levels<T>& levels, int64_t begin, int64_t end, const Box<T>& box) {
+    offer(end - begin, [&](int64_t i) -> Candidate<T> {
       const Level<T>& level = levels.level_of(begin + i);
-      const Box<T> anchor = boxes_of(level)[begin + i - level.first];
-      candidate = {box_iou(box, anchor), centre_distance(anchor, box), begin + i};
-      return candidate.iou > 0 || disjoint;
+      const Box<T> anchor = level.boxes()[begin + i - level.first];
+      return {box_iou(box, anchor), centre_distance(anchor, box), begin + i};
     });
     shrink();
   }
@@ -139,24 +140,22 @@ __device__ Candidate<T>* block_memory(Candidate<T>* memory, unsigned char* share
   return memory ? memory + block * capacity : reinterpret_cast<Candidate<T>*>(shared);
 }
 
-// A block per slice and object. Writes up to k candidates that overlap the object, and how many.
+// A block per slice and object. Writes up to k candidates that overlap the object, and others that
+// are worse than none.
 template <typename T>
 __global__ void __launch_bounds__(kSearchThreads) search_kernel(
     const Levels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
-    Candidate<T>* candidates, int* counts) {
+    Candidate<T>* candidates) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int size;
   const int64_t object = blockIdx.x, slice = blockIdx.y, slices = gridDim.y;
   Best<T> best(block_memory<T>(memory, shared, capacity), capacity, &size, k);
   best.offer_anchors(
       levels, levels.anchors * slice / slices, levels.anchors * (slice + 1) / slices,
-      gt_boxes[object], /*disjoint=*/false);
+      gt_boxes[object]);
   const int found = best.size();
-  for (int i = threadIdx.x; i < found; i += kSearchThreads) {
-    candidates[(object * slices + slice) * k + i] = best[i];
-  }
-  if (threadIdx.x == 0) {
-    counts[object * slices + slice] = found;
+  for (int i = threadIdx.x; i < k; i += kSearchThreads) {
+    candidates[(object * slices + slice) * k + i] = i < found ? best[i] : Candidate<T>{-1};
   }
 }
 
@@ -164,24 +163,18 @@ __global__ void __launch_bounds__(kSearchThreads) search_kernel(
 template <typename T>
 __global__ void __launch_bounds__(kSearchThreads) join_kernel(
     const Levels<T> levels, const Box<T>* gt_boxes, int k, int capacity, Candidate<T>* memory,
-    const Candidate<T>* candidates, const int* counts, int slices, int64_t* bags, int64_t* note) {
+    const Candidate<T>* candidates, int slices, int64_t* bags, int64_t* note) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ int size;
   const int64_t object = blockIdx.x;
   Best<T> best(block_memory<T>(memory, shared, capacity), capacity, &size, k);
-  best.offer(int64_t(slices) * k, [&](int64_t i, Candidate<T>& candidate) {
-    if (i % k >= counts[object * slices + i / k]) {
-      return false;
-    }
-    candidate = candidates[object * slices * k + i];
-    return true;
-  });
+  best.offer(int64_t(slices) * k, [&](int64_t i) { return candidates[object * slices * k + i]; });
   best.shrink();
   int found = best.size();
   if (found < k) {
     // Anchors that do not overlap the object are many, and seldom needed: those by distance.
-    best.clear();
-    best.offer_anchors(levels, 0, levels.anchors, gt_boxes[object], /*disjoint=*/true);
+    best.clear(INFINITY);
+    best.offer_anchors(levels, 0, levels.anchors, gt_boxes[object]);
     found = best.size();
   }
   for (int i = threadIdx.x; i < k; i += kSearchThreads) {
@@ -193,60 +186,50 @@ __global__ void __launch_bounds__(kSearchThreads) join_kernel(
 }
 
 template <typename T>
-void search(const Levels<T>& levels, const at::Tensor& gt_boxes, at::Tensor& bags) {
+void fill_bags(const Levels<T>& levels, const Objects<T>& gt, at::Tensor& bags) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto bytes = [&](int64_t size) {
-    return at::empty({size}, gt_boxes.options().dtype(at::kByte));
+    return at::empty({size}, bags.options().dtype(at::kByte));
   };
-  const int64_t objects = gt_boxes.size(0), k = bags.size(1), capacity = 2 * k + kRound;
+  const int64_t objects = gt.count, k = bags.size(1), capacity = 2 * k + kRound;
   TORCH_CHECK_VALUE(capacity < 1 << 30, "k must be below 2^29, got ", k);
   const int64_t full = (levels.anchors + kRound - 1) / kRound; // slices of one round
   const int64_t slices = std::clamp<int64_t>(kBlocks / objects, 1, std::min(full, kMaxSlices));
-  const dim3 blocks(objects, slices);
   int64_t shared_bytes = capacity * sizeof(Candidate<T>);
   at::Tensor memory;
   if (shared_bytes > kMaxSharedBytes) {
     memory = bytes(objects * slices * shared_bytes);
     shared_bytes = 0;
   }
-  const at::Tensor candidates = bytes(objects * slices * k * sizeof(Candidate<T>));
-  const at::Tensor counts = at::empty({objects, slices}, gt_boxes.options().dtype(at::kInt));
-  const auto* boxes = reinterpret_cast<const Box<T>*>(gt_boxes.const_data_ptr<T>());
   auto* own = memory.defined() ? static_cast<Candidate<T>*>(memory.mutable_data_ptr()) : nullptr;
+  const at::Tensor candidates = bytes(objects * slices * k * sizeof(Candidate<T>));
   auto* found = static_cast<Candidate<T>*>(candidates.mutable_data_ptr());
-  search_kernel<T><<<blocks, kSearchThreads, shared_bytes, stream>>>(
-      levels, boxes, k, capacity, own, found, counts.mutable_data_ptr<int>());
+  search_kernel<T><<<dim3(objects, slices), kSearchThreads, shared_bytes, stream>>>(
+      levels, gt.boxes, k, capacity, own, found);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   join_kernel<T><<<objects, kSearchThreads, shared_bytes, stream>>>(
-      levels, boxes, k, capacity, own, found, counts.const_data_ptr<int>(), slices,
-      bags.mutable_data_ptr<int64_t>(), error_note());
+      levels, gt.boxes, k, capacity, own, found, slices, bags.mutable_data_ptr<int64_t>(),
+      error_note());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t k) {
-  raise_errors();
-  const std::vector<at::Tensor> tensors = check_iou_topk(anchors, gt_boxes, k);
-  const c10::cuda::CUDAGuard guard(gt_boxes.device());
-  const at::Tensor boxes = gt_boxes.contiguous();
-  at::Tensor bags = at::empty(
-      {gt_boxes.size(0), std::min(k, count_anchors(tensors))}, gt_boxes.options().dtype(at::kLong));
-  AT_DISPATCH_FLOATING_TYPES(gt_boxes.scalar_type(), "iou_topk", [&] {
-    using T = scalar_t;
-    const Levels<T> anchor_levels = view_anchors<T>(tensors, /*grids=*/true);
-    const auto* data = reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
-    check_values<T>({data, nullptr, nullptr, boxes.size(0)}, anchor_levels, 0, 0);
+struct Cuda {
+  template <typename T>
+  static void search(const Levels<T>& levels, const Objects<T>& gt, at::Tensor& bags) {
+    raise_errors();
+    const c10::cuda::CUDAGuard guard(bags.device());
+    check_values(gt, levels, 0, 0);
     if (bags.numel() > 0) {
-      search<T>(anchor_levels, boxes, bags);
+      fill_bags(levels, gt, bags);
     }
-  });
-  raise_errors();
-  return bags;
-}
+    raise_errors();
+  }
+};
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(freeanchor, CUDA, m) {
-  m.impl("iou_topk", iou_topk);
+  m.impl("iou_topk", iou_topk<Cuda>);
 }
 
 } // namespace freeanchor

@@ -1,0 +1,184 @@
+// The arguments of the operators, for the kernels of the CPU and of CUDA. Checked is what memory
+// safety needs, and values, with the messages of matching.py: ops.py has checked shapes and dtypes,
+// with messages for users.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "levels.h"
+
+namespace freeanchor {
+
+inline constexpr char kBadBoxes[] = " must have finite coordinates with x1 <= x2 and y1 <= y2";
+inline constexpr char kBadGrid[] =
+    "anchors of the form (H, W, A, 4) must be grids: finite coordinates with x1 <= x2 and "
+    "y1 <= y2, x that depends on the column only and y on the row only, and centres that move to "
+    "the right and down";
+inline constexpr char kOutOfRange[] = " must be in [0, ";
+inline constexpr char kNeverDecrease[] = " and never decrease";
+
+// The M objects of a batch, those of the first image first.
+template <typename T>
+struct Objects {
+  const Box<T>* boxes;
+  int64_t count;
+  const int64_t *classes, *images; // null if there are but boxes
+  const int64_t* first;            // the first object of each image, and their number
+
+  C10_HOST_DEVICE bool class_is_valid(int64_t i, int64_t num_classes) const {
+    return 0 <= classes[i] && classes[i] < num_classes;
+  }
+  C10_HOST_DEVICE bool image_is_valid(int64_t i, int64_t num_images) const {
+    return (i > 0 ? images[i - 1] : 0) <= images[i] && images[i] < num_images;
+  }
+};
+
+// The boxes of a (M, 4) tensor without gaps in memory.
+template <typename T>
+Objects<T> view_boxes(const at::Tensor& boxes) {
+  return {reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()), boxes.size(0)};
+}
+
+inline void check_gt_boxes(const at::Tensor& gt_boxes) {
+  TORCH_CHECK(
+      gt_boxes.dim() == 2 && gt_boxes.size(1) == 4, "gt_boxes must be (M, 4), got ",
+      gt_boxes.sizes());
+}
+
+// The dtype of results: float32 or better.
+inline at::ScalarType compute_dtype(const char* name, at::TensorList tensors) {
+  TORCH_CHECK(!tensors.empty(), name, " must have a tensor for each level, got none");
+  return at::promote_types(tensors[0].scalar_type(), at::kFloat);
+}
+
+// The operator: Kernel::search(anchors, gt_boxes, bags) fills the bags.
+template <typename Kernel>
+at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t k) {
+  TORCH_CHECK_VALUE(k >= 1, "k must be at least 1, got ", k);
+  check_gt_boxes(gt_boxes);
+  std::vector<at::Tensor> tensors;
+  for (const at::Tensor& level : anchors) {
+    tensors.push_back(level.contiguous().unsqueeze(0));
+  }
+  const at::Tensor boxes = gt_boxes.contiguous();
+  at::Tensor bags;
+  AT_DISPATCH_FLOATING_TYPES(gt_boxes.scalar_type(), "iou_topk", [&] {
+    const auto levels = view_levels<scalar_t>("anchors", tensors, boxes.device());
+    TORCH_CHECK(levels.depth == 4, "anchors must be (R, 4) or (H, W, A, 4)");
+    bags =
+        at::empty({boxes.size(0), std::min(k, levels.anchors)}, boxes.options().dtype(at::kLong));
+    Kernel::search(levels, view_boxes<scalar_t>(boxes), bags);
+  });
+  return bags;
+}
+
+// Whether boxes that the CPU can read are valid.
+template <typename T>
+void check_boxes(const char* name, const Box<T>* boxes, int64_t count) {
+  TORCH_CHECK_VALUE(std::all_of(boxes, boxes + count, is_valid<T>), name, kBadBoxes);
+}
+
+// What box_prob matches.
+template <typename T>
+struct Matching {
+  Levels<T> deltas, anchors; // anchors without gaps in memory
+  Objects<T> objects;
+  int64_t num_classes;
+  T weights[4], scale_clamp, threshold;
+};
+
+// The loss of the logits without gaps in memory, and where to write the gradient, which has no
+// levels if it is not wanted.
+template <typename scalar_t>
+struct Loss {
+  using T = at::opmath_type<scalar_t>;
+  Levels<scalar_t> logits, grads;
+  T gamma;
+  const T* grad_scale;
+};
+
+template <typename A, typename B>
+bool same_anchors(const Levels<A>& a, const Levels<B>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
+    return x.anchors == y.anchors;
+  });
+}
+
+// The operator: Kernel::run(loss, matching, max_iou) gives the loss as a scalar in float64, and
+// raises max_iou, zeros, to the highest IoUs.
+template <typename Kernel>
+std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
+    at::TensorList logits, at::TensorList deltas, at::TensorList anchors,
+    const at::Tensor& gt_boxes, const at::Tensor& gt_classes, const at::Tensor& gt_images,
+    at::ArrayRef<double> coding, double threshold, double gamma, const at::Tensor& grad_scale,
+    at::TensorList grads) {
+  const auto dtype = compute_dtype("logits", logits);
+  const auto device = logits[0].device();
+  check_gt_boxes(gt_boxes);
+  for (const at::Tensor& x : {gt_boxes, gt_classes, gt_images, grad_scale}) {
+    TORCH_CHECK(x.device() == device, "objects and grad_scale must be on ", device);
+  }
+  TORCH_CHECK(
+      gt_classes.numel() == gt_boxes.size(0) && gt_images.numel() == gt_boxes.size(0),
+      "gt_classes and gt_images must be (M,)");
+  TORCH_CHECK(
+      coding.size() == 5 && grad_scale.numel() == 1,
+      "coding must be 5 numbers, and grad_scale a scalar");
+  // One image, its levels flattened; and deltas as few types, of which there are few numbers.
+  std::vector<at::Tensor> flat_anchors, computed_deltas;
+  for (const at::Tensor& level : anchors) {
+    flat_anchors.push_back(level.reshape({1, -1, 4}).contiguous());
+  }
+  for (const at::Tensor& level : deltas) {
+    computed_deltas.push_back(level.to(dtype));
+  }
+  const at::Tensor boxes = gt_boxes.contiguous(), classes = gt_classes.contiguous(),
+                   images = gt_images.contiguous();
+  const at::Tensor first =
+      at::searchsorted(images, at::arange(logits[0].size(0) + 1, images.options()));
+  at::Tensor total, max_iou = at::zeros({boxes.size(0)}, boxes.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits[0].scalar_type(), "negative_bag_loss", [&] {
+        using T = at::opmath_type<scalar_t>;
+        Loss<scalar_t> loss{view_levels<scalar_t>("logits", logits, device)};
+        if (!grads.empty()) {
+          loss.grads = view_levels<scalar_t>("grads", grads, device);
+        }
+        for (size_t l = 0; l < logits.size(); ++l) {
+          TORCH_CHECK(
+              logits[l].is_non_overlapping_and_dense(), "logits must have no gaps in memory");
+          TORCH_CHECK(
+              grads.empty() ||
+                  (grads.size() == logits.size() && grads[l].sizes() == logits[l].sizes() &&
+                   grads[l].strides() == logits[l].strides()),
+              "grads must be of the shape and strides of logits");
+        }
+        loss.gamma = gamma;
+        loss.grad_scale = grad_scale.const_data_ptr<T>();
+        Matching<T> matching{
+            view_levels<T>("deltas", computed_deltas, device),
+            view_levels<T>("anchors", flat_anchors, device), view_boxes<T>(boxes),
+            loss.logits.depth};
+        TORCH_CHECK(
+            same_anchors(loss.logits, matching.deltas) && matching.deltas.depth == 4 &&
+                same_anchors(loss.logits, matching.anchors) &&
+                matching.deltas.images == loss.logits.images,
+            "logits, deltas and anchors must be (N, ..., C), (N, ..., 4) and (..., 4)");
+        matching.objects.classes = classes.const_data_ptr<int64_t>();
+        matching.objects.images = images.const_data_ptr<int64_t>();
+        matching.objects.first = first.const_data_ptr<int64_t>();
+        std::copy_n(coding.begin(), 4, matching.weights);
+        matching.scale_clamp = coding[4];
+        matching.threshold = threshold;
+        total = Kernel::run(loss, matching, max_iou);
+      });
+  return {total, max_iou};
+}
+
+} // namespace freeanchor
