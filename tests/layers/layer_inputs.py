@@ -93,6 +93,22 @@ def negative_case(dtype=torch.float32, device="cpu", counts=(3, 1)):
     return Case(leaves, deltas, anchors, gt, bag)
 
 
+def no_objects(dtype=torch.float32, device="cpu"):
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return Objects(torch.zeros(0, 4, dtype=dtype, device=device), none, none)
+
+
+def background_loss(x, scale=1.0):
+    """The negative loss of an image without objects, of logits (N, R, C)."""
+    gt = no_objects(torch.promote_types(x.dtype, torch.float32), x.device)
+    anchors = gt.boxes.new_zeros(1, 4).expand(x.shape[1], 4)
+    deltas = x.detach()[..., :1].expand(*x.shape[:2], 4)
+    loss, *_ = ops.negative_bag_loss(
+        [x], [deltas], [anchors], gt, gt.classes, CODING, 0.6, scale=scale
+    )
+    return loss
+
+
 def grids(data):
     """Anchors of a `DefaultAnchorGenerator` with any parameters, as grids."""
     num_levels = data.draw(st.integers(1, 3))
