@@ -64,12 +64,12 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
   check_gt_boxes(gt_boxes);
   std::vector<at::Tensor> tensors;
   for (const at::Tensor& level : anchors) {
-    tensors.push_back(level.contiguous().unsqueeze(0));
+    tensors.push_back(level.contiguous());
   }
   const at::Tensor boxes = gt_boxes.contiguous();
   at::Tensor bags;
   AT_DISPATCH_FLOATING_TYPES(gt_boxes.scalar_type(), "iou_topk", [&] {
-    const auto levels = view_levels<scalar_t>("anchors", tensors, boxes.device());
+    const auto levels = view_levels<scalar_t>("anchors", tensors, boxes.device(), false);
     TORCH_CHECK(levels.depth == 4, "anchors must be (R, 4) or (H, W, A, 4)");
     bags =
         at::empty({boxes.size(0), std::min(k, levels.anchors)}, boxes.options().dtype(at::kLong));
@@ -130,10 +130,10 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
   TORCH_CHECK(
       coding.size() == 5 && grad_scale.numel() == 1,
       "coding must be 5 numbers, and grad_scale a scalar");
-  // One image, its levels flattened; and deltas as few types, of which there are few numbers.
+  // Deltas are few numbers: of one type they need half of the code.
   std::vector<at::Tensor> flat_anchors, computed_deltas;
   for (const at::Tensor& level : anchors) {
-    flat_anchors.push_back(level.reshape({1, -1, 4}).contiguous());
+    flat_anchors.push_back(level.reshape({-1, 4}).contiguous());
   }
   for (const at::Tensor& level : deltas) {
     computed_deltas.push_back(level.to(dtype));
@@ -163,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
         loss.grad_scale = grad_scale.const_data_ptr<T>();
         Matching<T> matching{
             view_levels<T>("deltas", computed_deltas, device),
-            view_levels<T>("anchors", flat_anchors, device), view_boxes<T>(boxes),
+            view_levels<T>("anchors", flat_anchors, device, false), view_boxes<T>(boxes),
             loss.logits.depth};
         TORCH_CHECK(
             same_anchors(loss.logits, matching.deltas) && matching.deltas.depth == 4 &&

@@ -78,35 +78,42 @@ struct Levels {
   }
 };
 
-// Views the tensors of an argument as Levels, as far as memory safety needs it.
+// Views the tensors of an argument as Levels, as far as memory safety needs it. Without
+// `has_images` they lack the first dimension.
 template <typename scalar_t>
-Levels<scalar_t> view_levels(const char* name, at::TensorList tensors, at::Device device) {
+Levels<scalar_t>
+view_levels(const char* name, at::TensorList tensors, at::Device device, bool has_images = true) {
   TORCH_CHECK(
       0 < tensors.size() && tensors.size() <= kMaxLevels, name, " must have 1 to ", kMaxLevels,
       " levels, got ", tensors.size());
   Levels<scalar_t> levels;
-  levels.images = tensors[0].size(0);
+  levels.images = has_images ? tensors[0].size(0) : 1;
   levels.depth = tensors[0].size(-1);
-  for (at::Tensor x : tensors) {
+  for (const at::Tensor& x : tensors) {
+    const int64_t missing = 5 - x.dim(), dims = x.dim() + !has_images;
     TORCH_CHECK(
-        3 <= x.dim() && x.dim() <= 5 && x.size(0) == levels.images && x.size(-1) == levels.depth,
+        3 <= dims && dims <= 5 && (!has_images || x.size(0) == levels.images) &&
+            x.size(-1) == levels.depth,
         name, " must be (N, anchors, D) or (N, H, W, A, D), got ", x.sizes());
     TORCH_CHECK(x.device() == device, name, " must be on ", device, ", got ", x.device());
     Level<scalar_t>& level = levels.level[levels.count++];
-    level.grid = x.dim() == 5;
-    while (x.dim() < 5) {
-      x = x.unsqueeze(1);
-    }
     level.data = const_cast<scalar_t*>(x.const_data_ptr<scalar_t>());
     level.first = levels.anchors;
-    const int64_t anchors = x.size(1) * x.size(2) * x.size(3);
+    level.grid = dims == 5;
+    int64_t sizes[5] = {levels.images, 1, 1, 1, levels.depth};
+    std::fill_n(level.stride, 5, 0);
+    level.stride[0] = has_images ? x.stride(0) : 0;
+    for (int64_t d = has_images; d < x.dim(); ++d) {
+      sizes[missing + d] = x.size(d);
+      level.stride[missing + d] = x.stride(d);
+    }
+    const int64_t anchors = sizes[1] * sizes[2] * sizes[3];
     TORCH_CHECK(
         anchors <= std::numeric_limits<int32_t>::max(), name, " must have less than 2^31 anchors");
     level.anchors = static_cast<int32_t>(anchors);
-    level.height = static_cast<int32_t>(x.size(1));
-    level.width = static_cast<int32_t>(x.size(2));
-    level.per_cell = static_cast<int32_t>(x.size(3));
-    std::copy_n(x.strides().begin(), 5, level.stride);
+    level.height = static_cast<int32_t>(sizes[1]);
+    level.width = static_cast<int32_t>(sizes[2]);
+    level.per_cell = static_cast<int32_t>(sizes[3]);
     levels.anchors += anchors;
   }
   return levels;
