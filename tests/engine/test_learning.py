@@ -49,9 +49,11 @@ def curve(cfg, dataset, tmp_path, caplog):
         (lambda i: 0.02 * 1.02**i, lambda i: 0.2, "overlap 20% of the objects, at the start 20%"),
         (lambda i: 0.02 * 1.02**i, lambda i: 0.2 + 0.002 * i, ""),
         (lambda i: 0.02 * 1.02**i, lambda i: 1.0, ""),
+        (lambda i: 0.4 + 0.0005 * i, lambda i: 1.0, ""),
+        (lambda i: 0.2 + 0.0002 * i, lambda i: 1.0, "likelihood of a bag is 0.2"),
         (lambda i: float("nan"), lambda i: 1.0, "likelihood of a bag is nan"),
     ],
-    ids=["flat", "falling", "nowhere", "learns where", "learns", "NaN"],
+    ids=["flat", "falling", "nowhere", "learns where", "learns", "has learned", "slow", "NaN"],
 )
 def test_curves(curve, tmp_path, likelihood, localized, expected):
     """Logged once and kept for the report; nothing is said of a run that learns."""

@@ -30,6 +30,8 @@ _LIKELIHOOD = "freeanchor/bag_likelihood"
 _LOCALIZED = "freeanchor/localized_objects"
 _FEWEST = 5  # values that a mean is of: a shorter run is not judged
 _GROWTH = 1.5
+# P_cls and P_loc are both above it then, while P_cls starts at the prior.
+_LEARNED = 0.3
 _WINDOW = 0.1  # of the iterations until the check
 _FEW_EPOCHS = 5
 _MANY_UNFITTED = 0.2
@@ -70,14 +72,14 @@ class _AnchorFit(NamedTuple):
 def _find_problem(start: _Progress, now: _Progress) -> str:
     """Say what is where it was at the start.
 
-    The likelihood of a bag has to be 1.5 times what it was. It is that after a fraction of the
-    iterations where a run learns (docs/finetune.md has figures). Fewer than half of the objects
-    that a box overlaps, and no more than before, is a problem too.
+    The likelihood of a bag has to be 1.5 times what it was, or high: a long run has a start that
+    has learned, and a detector that is trained further has no more to gain. Fewer than half of the
+    objects that a box overlaps, and no more than before, is a problem too.
 
     Returns:
         The problem, or nothing.
     """
-    if not now.likelihood > _GROWTH * start.likelihood:  # NaN is a problem
+    if not now.likelihood > min(_GROWTH * start.likelihood, _LEARNED):  # NaN is a problem
         return (
             f"the likelihood of a bag is {now.likelihood:.2g}, and was {start.likelihood:.2g} at "
             "the start"
@@ -191,7 +193,7 @@ class LearningCheck(HookBase):
         return [f"a larger INPUT.MIN_SIZE_TRAIN or the anchors of `freeanchor anchors`, as {fit}"]
 
     def _anchor_fit(self) -> _AnchorFit | None:
-        """How the config's anchors fit, where it has any and the data say how large images are."""
+        """How the config's anchors fit, None where it has none or images have no size."""
         model = self.cfg.MODEL
         if model.META_ARCHITECTURE == "LTM" and model.LTM.CANDIDATES == "points":
             return None
@@ -199,7 +201,7 @@ class LearningCheck(HookBase):
         try:
             images = training_boxes(records[:: max(1, len(records) // _IMAGES_LOOKED_AT)], self.cfg)
             unfitted = float((best_anchor_iou(images, self.cfg) < GOOD_IOU).mean())
-        except (DatasetError, KeyError, ValueError):
+        except (DatasetError, KeyError, ValueError):  # no sizes, or anchors of another kind
             return None
         sizes = np.concatenate([np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)) for _, b in images])
         return _AnchorFit(unfitted, float(np.median(sizes)))

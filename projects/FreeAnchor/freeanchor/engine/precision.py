@@ -69,11 +69,11 @@ def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
 class _Bfloat16Conv2d(nn.Conv2d):
     """A convolution in float32, also within autocast, where oneDNN is wrong or slow in bfloat16.
 
-    Version 3.10 (PyTorch 2.11): on maps smaller than the kernel, the gradient of
-    weights that no pixel reaches is not written, so it is what was in memory before (with stride 2
-    on a map one pixel wide). And the gradient of a 1 x 1 convolution with a stride and fewer than
-    16 channels is written past its end. The gradients of a depthwise convolution that has a stride
-    or is larger than 3 x 3 take 2 to 40 times as long as in float32.
+    Version 3.10 (PyTorch 2.11): on maps smaller than the kernel, the gradient of weights that no
+    pixel reaches is not written, so it is what was in memory before (with stride 2 on a map one
+    pixel wide). And the gradient of a 1 x 1 convolution with a stride and fewer than 16 channels is
+    written past its end. The gradients of a depthwise convolution that has a stride or is larger
+    than 3 x 3 take 2 to 40 times as long as in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class TimmBackbone(Backbone):
         """Fix the weights and statistics of a module that is a batch norm.
 
         It stays one, in evaluation mode: one pass over the features in their own dtype. timm's
-        frozen norm takes two, in float32, which on a CPU was a fifth of a training step.
+        frozen norm takes two, in float32.
         """
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
