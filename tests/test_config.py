@@ -82,6 +82,8 @@ def test_config_builds_a_model(path):
 def test_config_builds_two_stages(path):
     """FreeAnchor proposes on P3 to P7, and Detectron2's own ROI heads have what the name says."""
     cfg = load(path)
+    if "Lite0" in path.stem:
+        pytest.importorskip("timm")
     model = build_model(cfg)
     assert type(model) is GeneralizedRCNN
     assert isinstance(model.proposal_generator, FreeAnchorRPN)
@@ -93,7 +95,7 @@ def test_config_builds_two_stages(path):
     assert heads.box_in_features == ["p2", "p3", "p4", "p5"]
     assert heads.mask_on == ("mask" in path.stem)
     assert isinstance(heads, CascadeROIHeads) == ("cascade" in path.stem)
-    assert f"R_{cfg.MODEL.RESNETS.DEPTH}_FPN" in path.stem
+    assert (f"R_{cfg.MODEL.RESNETS.DEPTH}_FPN" in path.stem) == ("Lite0" not in path.stem)
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)

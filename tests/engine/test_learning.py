@@ -52,8 +52,9 @@ def curve(cfg, dataset, tmp_path, caplog):
         (lambda i: 0.4 + 0.0005 * i, lambda i: 1.0, ""),
         (lambda i: 0.2 + 0.0002 * i, lambda i: 1.0, "likelihood of a bag is 0.2"),
         (lambda i: float("nan"), lambda i: 1.0, "likelihood of a bag is nan"),
+        (lambda i: 0.0007 * 1.015**i, lambda i: 0.9, "not above the 0.02 of exact boxes"),
     ],
-    ids=["flat", "falling", "nowhere", "learns where", "learns", "has learned", "slow", "NaN"],
+    ids=["flat", "falling", "nowhere", "learns where", "learns", "learned", "slow", "NaN", "low"],
 )
 def test_curves(curve, tmp_path, likelihood, localized, expected):
     """Logged once and kept for the report; nothing is said of a run that learns."""

@@ -11,6 +11,7 @@ from freeanchor.modeling import match_inputs
 
 FASTER = "quick/faster_rcnn_free_anchor_R_18_FPN.yaml"
 MASK = "quick/mask_rcnn_free_anchor_R_18_FPN.yaml"
+FINETUNE = "finetune/mask_rcnn_free_anchor_Lite0_FPN.yaml"
 CASCADE = "TwoStage/cascade_mask_rcnn_free_anchor_R_50_FPN_1x.yaml"
 SIZE = (96, 128)
 
@@ -120,10 +121,12 @@ def test_proposals(two_stage, training):
     assert [len(x) for x in with_objects] == [7 + 2, 7]
 
 
-@pytest.mark.parametrize("name", [FASTER, MASK, CASCADE])
+@pytest.mark.parametrize("name", [FASTER, MASK, FINETUNE, CASCADE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trains_and_detects(name, dtype):
     """Every parameter gets a finite gradient, also of a batch without objects, and it detects."""
+    if name == FINETUNE:
+        pytest.importorskip("timm")
     cfg = small(name)
     model = build_model(cfg)
     for inputs in (batch(), batch((), ())):

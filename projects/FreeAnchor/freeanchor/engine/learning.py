@@ -69,11 +69,12 @@ class _AnchorFit(NamedTuple):
         )
 
 
-def _find_problem(start: _Progress, now: _Progress) -> str:
+def _find_problem(start: _Progress, now: _Progress, prior: float) -> str:
     """Say what is where it was at the start.
 
     The likelihood of a bag has to be 1.5 times what it was, or high: a long run has a start that
-    has learned, and a detector that is trained further has no more to gain. Fewer than half of the
+    has learned, and a detector that is trained further has no more to gain. It also has to be above
+    the prior, which exact boxes would have before any class is learned. Fewer than half of the
     objects that a box overlaps, and no more than before, is a problem too.
 
     Returns:
@@ -83,6 +84,11 @@ def _find_problem(start: _Progress, now: _Progress) -> str:
         return (
             f"the likelihood of a bag is {now.likelihood:.2g}, and was {start.likelihood:.2g} at "
             "the start"
+        )
+    if now.likelihood < prior:
+        return (
+            f"the likelihood of a bag is {now.likelihood:.2g}, not above the {prior:g} of exact "
+            "boxes without any class learned (MODEL.RETINANET.PRIOR_PROB)"
         )
     if now.localized < min(0.5, start.localized + 0.05):
         return (
@@ -128,7 +134,7 @@ class LearningCheck(HookBase):
         if done == self.window:
             self._start = now
         elif self._start is not None and now is not None:
-            problem = _find_problem(self._start, now)
+            problem = _find_problem(self._start, now, self.cfg.MODEL.RETINANET.PRIOR_PROB)
             self._report(self._sentence(problem) if problem else "")
 
     def state_dict(self) -> dict[str, Any]:
