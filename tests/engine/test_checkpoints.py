@@ -228,3 +228,49 @@ def test_accumulation_and_clipping(tiny):
     assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(SystemExit, match=r"IMS_PER_BATCH 4 is no multiple of 1 processes x .* 3"):
         tiny("SOLVER.ACCUMULATION_STEPS", "3", output="odd")
+
+
+def test_newest_are_not_those_with_the_highest_iteration(tiny, before_step):
+    """A run that goes on with larger batches has fewer iterations: its checkpoints are kept."""
+    keys = ["SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.MAX_ITER", "12"]
+    keys += ["SOLVER.CHECKPOINTS_KEPT", "2"]
+    output = tiny(*keys, "SOLVER.IMS_PER_BATCH", "2")
+    assert names(output) == ["model_0000007.pth", "model_0000009.pth", "model_final.pth"]
+    before_step(lambda step: step.iter == 6 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        tiny("--resume", *keys, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.CHECKPOINT_PERIOD", "100")
+    assert (output / "last_checkpoint").read_text() == "model_0000006.pth"
+    assert names(output) == ["model_0000006.pth", "model_0000009.pth", "model_final.pth"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((), ("SOLVER.OPTIMIZER", "AdamW")),
+        (("SOLVER.OPTIMIZER", "AdamW"), ("SOLVER.OPTIMIZER", "SGD")),
+        ((), ("SOLVER.BACKBONE_LR_FACTOR", "0.5")),
+    ],
+)
+def test_resuming_with_another_optimiser(tiny, first, second):
+    """Its momentum would be that of other parameters: it starts anew, which is said."""
+    output = tiny("SOLVER.MAX_ITER", "2", *first)
+    tiny("--resume", "SOLVER.MAX_ITER", "3", *second)
+    assert "does not hold the momentum of this optimiser" in log(output)
+    optimizer = read_checkpoint(str(output / "model_final.pth"))["trainer"]["optimizer"]
+    kept = {key for x in optimizer["state"].values() for key in x}
+    assert ("exp_avg" in kept) == ("AdamW" in second)
+    assert ("momentum_buffer" in kept) != ("AdamW" in second)
+
+
+def test_average_with_precise_batch_norm(tiny):
+    """The statistics are those of the average, which is evaluated, and not of the last weights."""
+    name = "backbone.fpn_lateral3.norm.running_var"
+    keys = ["SOLVER.EMA_DECAY", "0.9", "SOLVER.MAX_ITER", "2", "TEST.PRECISE_BN.NUM_ITER", "3"]
+    weights, averages = [], []
+    for enabled in ("False", "True"):
+        output = tiny(*keys, "TEST.PRECISE_BN.ENABLED", enabled, output=enabled)
+        content = read_checkpoint(str(output / "model_final.pth"))
+        weights.append(content["model"][name])
+        averages.append(content["ema"][f"module.{name}"])
+    assert torch.equal(*weights)
+    assert not torch.allclose(*averages, rtol=0.1)

@@ -11,6 +11,7 @@ from freeanchor.__main__ import main
 from freeanchor.checkpoint import read_checkpoint
 from freeanchor.engine import trainer
 from freeanchor.engine.step import TrainStep
+from torch.amp.grad_scaler import GradScaler
 
 
 @pytest.fixture
@@ -85,6 +86,21 @@ def test_steps_that_are_skipped(tiny, poison):
     assert content["model"][counter] == 4
     with pytest.raises(SystemExit, match="Iteration 4: loss_positive nan"):
         tiny("SOLVER.SKIP_NON_FINITE", "1", output="once")
+
+
+def test_step_that_is_skipped_in_float16(tiny, poison, before_step):
+    """The scaler, of GPUs alone, is ready for the next step."""
+
+    def scale(step):
+        if step.iter == 0:
+            step.grad_scaler = GradScaler("cpu", init_scale=4.0)
+
+    before_step(scale)
+    poison(2)
+    output = tiny("SOLVER.SKIP_NON_FINITE", "1", "SOLVER.WARMUP_ITERS", "0")
+    content = read_checkpoint(str(output / "model_final.pth"))
+    assert content["trainer"]["skipped"] == 1
+    assert content["trainer"]["grad_scaler"]["scale"] == 2.0
 
 
 def test_worker_that_dies(tiny, monkeypatch, tmp_path):

@@ -106,7 +106,9 @@ class Checkpointer(DetectionCheckpointer):
     def keep_newest(self, count: int) -> None:
         """Remove all but the newest checkpoints of an iteration, and what was left half written."""
         remove_unfinished(self.save_dir)
-        numbered = sorted(Path(self.save_dir).glob("model_" + "[0-9]" * 7 + ".pth"))
+        # The highest iteration need not be the newest: a run that went on from an earlier one, or
+        # with more processes, counts from there.
+        numbered = sorted(Path(self.save_dir).glob("model_" + "[0-9]" * 7 + ".pth"), key=_written)
         for path in numbered[: max(0, len(numbered) - count)]:
             path.unlink(missing_ok=True)
 
@@ -140,7 +142,7 @@ class Checkpointer(DetectionCheckpointer):
         """What `last_checkpoint` names, if it is there, and then the others from the newest on."""
         folder = Path(self.save_dir)
         files = [x for x in folder.glob("model_*.pth") if x.stem != _BEST]
-        files.sort(key=lambda x: x.stat().st_mtime_ns, reverse=True)
+        files.sort(key=_written, reverse=True)
         try:
             last = folder / (folder / "last_checkpoint").read_text().strip()
         except (OSError, UnicodeDecodeError):
@@ -324,6 +326,10 @@ class Checkpointer(DetectionCheckpointer):
             )
         if surplus:
             self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _start_of(names: list[str], missing: set[str]) -> list[str]:

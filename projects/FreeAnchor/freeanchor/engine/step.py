@@ -130,6 +130,7 @@ class TrainStep:
             self._log(dict(zip(losses, values)), norm_of_all, rows[:, -2].max().item())
             return
         self.skipped += 1
+        self.grad_scaler.update()  # which has unscaled, and would not do so again
         for buffer, before in zip(self._buffers, buffers):
             buffer.copy_(before)
         report = NonFiniteReport(self, batch, dict(zip(losses, values)), norm_of_all)

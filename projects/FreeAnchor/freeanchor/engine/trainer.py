@@ -129,11 +129,16 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, {"iteration": state["iteration"], "hooks": hooks})
         state = {**state.get("_trainer", {}), **state}  # where Detectron2's main branch has it
         done = state["iteration"] + 1
-        if "optimizer" in state:
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        else:
+        groups = self.optimizer.state_dict()["param_groups"]
+        if "optimizer" not in state:
             self._lacking.append("the momentum of the optimiser")
+        elif _kinds(groups) != _kinds(state["optimizer"]["param_groups"]):
+            self._lacking.append(
+                "the momentum of this optimiser (another SOLVER.OPTIMIZER, or other groups of "
+                "parameters: BACKBONE_LR_FACTOR, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM or _BIAS)"
+            )
+        else:
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state.get("grad_scaler"):
             self._trainer.grad_scaler.load_state_dict(state["grad_scaler"])
         self._trainer.skipped = state.get("skipped", 0)
@@ -266,8 +271,8 @@ class Trainer(DefaultTrainer):
             result.insert(0, MatchingPictures(model, cfg.VIS_PERIOD))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             loader = self.build_train_loader(cfg)  # another one than that of the training
-            number = cfg.TEST.PRECISE_BN.NUM_ITER
-            result.append(hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, number))
+            number, period = cfg.TEST.PRECISE_BN.NUM_ITER, cfg.TEST.EVAL_PERIOD
+            result.append(hooks.PreciseBN(period, self.evaluated_model, loader, number))
         # Before the evaluation, so that nothing is lost if that fails or is interrupted.
         result += [self._checkpoints, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if comm.is_main_process():
@@ -285,6 +290,11 @@ class Trainer(DefaultTrainer):
                 writer = MetricsWriter(path)
             writers.append(TolerantWriter(writer))
         return writers
+
+
+def _kinds(groups: list[dict[str, Any]]) -> list[Any]:
+    """What the state of an optimiser depends on: what is kept of which parameters."""
+    return [("betas" in group, group["params"]) for group in groups]
 
 
 def _check_batch(cfg: CfgNode) -> None:
