@@ -295,6 +295,8 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
     [
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["SOLVER.REFERENCE_WORLD_SIZE", "8"], "IMS_PER_BATCH 2 is no multiple of .* 8"),
+        (["DATASETS.TEST", "('val', 'val')"], "DATASETS.TEST has a data set twice: val, val"),
+        (["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS: .* leave it out"),
     ],
 )
 def test_options_that_do_not_go_together(train_net, data_options, tmp_path, options, expected):

@@ -164,6 +164,17 @@ def test_nms_recall_without_detections_or_objects(register, model, monkeypatch):
     assert set(run(model, name, [inputs]).values()) == {0.0}
 
 
+def test_nms_recall_of_records_without_sizes(nms_case):
+    """Records of Python may leave them out: they are those of the images."""
+    model, name, inputs, _ = nms_case
+    expected = run(model, name, [inputs])
+    records = DatasetCatalog.get(name)
+    for record in records:
+        del record["height"], record["width"]
+    DatasetCatalog.register("sizeless", lambda: records)
+    assert run(model, "sizeless", [inputs]) == expected
+
+
 def test_nms_recall_in_chunks(nms_case, monkeypatch):
     """Memory is bounded by parts that do not change the result."""
     model, name, inputs, _ = nms_case

@@ -174,6 +174,20 @@ def _name_the_indexing_of_grids() -> None:
     anchor_generator._create_grid_offsets = create_grid_offsets
 
 
+def _keep_a_pixel_of_slender_images() -> None:
+    """Resized, an image of 3000 x 1 pixels would be of no pixel, which Pillow refuses to make."""
+    from detectron2.data.transforms import ResizeTransform
+
+    make = ResizeTransform.__init__
+
+    def make_no_smaller(
+        self: Any, h: int, w: int, new_h: int, new_w: int, *args: Any, **kwargs: Any
+    ) -> None:
+        make(self, h, w, max(1, new_h), max(1, new_w), *args, **kwargs)
+
+    ResizeTransform.__init__ = make_no_smaller
+
+
 HAS_COMPILED_OPS = _find_detectron2()
 _restore_numpy_aliases()
 _restore_pillow_linear()
@@ -185,3 +199,4 @@ if not HAS_COMPILED_OPS:
 _import_export_without_caffe2()
 _allow_group_norm_in_heads()
 _name_the_indexing_of_grids()
+_keep_a_pixel_of_slender_images()

@@ -139,6 +139,7 @@ def check(args: argparse.Namespace) -> None:
         )
     _check_pixels(cfg)
     _check_stages(cfg)
+    _check_test(cfg)
     if not args.eval_only and not args.resume:
         _check_output(cfg.OUTPUT_DIR)
     for name in _dataset_names(cfg, args):
@@ -177,6 +178,17 @@ def _check_stages(cfg: CfgNode) -> None:
                 f"{key} is of models with {kind}, and MODEL.META_ARCHITECTURE is {name}: leave it "
                 "out, or take another config"
             )
+
+
+def _check_test(cfg: CfgNode) -> None:
+    """Refuse what would end the first evaluation."""
+    names = list(cfg.DATASETS.TEST)
+    if len(set(names)) < len(names):
+        raise FreeAnchorError(f"DATASETS.TEST has a data set twice: {', '.join(names)}")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise FreeAnchorError(
+            "MODEL.LOAD_PROPOSALS: proposals are made here and not read, so leave it out"
+        )
 
 
 def _check_devices(args: argparse.Namespace) -> None:

@@ -64,14 +64,16 @@ class NMSRecallEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for image, found in zip(inputs, self._candidates, strict=True):
-            objects = self.objects[image["image_id"]]
             height, width = image["image"].shape[-2:]
+            size = image.get("height", height), image.get("width", width)
+            objects = self.objects[image["image_id"]].clone()
+            objects.clip(size)
+            objects = objects[objects.nonempty()]
             before = Instances((height, width), **found.get_fields())
             before.pred_boxes.clip((height, width))
             keep = batched_nms(
                 before.pred_boxes.tensor, before.scores, before.pred_classes, self.NMS_THRESH
             )
-            size = image.get("height", height), image.get("width", width)
             self._overlaps[image["image_id"]] = (
                 self._largest_iou(objects, detector_postprocess(before[keep], *size)),
                 self._largest_iou(objects, detector_postprocess(before, *size)),
@@ -113,7 +115,7 @@ class NMSRecallEvaluator(DatasetEvaluator):
 
 
 def _objects(record: dict[str, Any]) -> Boxes:
-    boxes = Boxes(
+    return Boxes(
         torch.tensor(
             [
                 BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS)
@@ -122,5 +124,3 @@ def _objects(record: dict[str, Any]) -> Boxes:
             ]
         ).reshape(-1, 4)
     )
-    boxes.clip((record["height"], record["width"]))
-    return boxes[boxes.nonempty()]
