@@ -69,6 +69,28 @@ def test_objects_in_the_size_of_the_training(cfg):
 
 
 @pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["INPUT.MIN_SIZE_TRAIN", "(0,)"], (320, 200)),  # as they are
+        (["INPUT.SCALE_JITTER", "(0.5, 2.0)", "INPUT.MAX_SIZE_TRAIN", "256"], (320, 200)),
+        (["INPUT.SCALE_JITTER", "(0.5, 0.5)", "INPUT.MAX_SIZE_TRAIN", "640"], (320, 200)),
+        (["INPUT.MIN_SIZE_TRAIN", "(400,)"], (640, 400)),
+        (["INPUT.MIN_SIZE_TRAIN", "(1,)", "INPUT.MAX_SIZE_TRAIN", "1"], (1, 1)),
+    ],
+)
+def test_whatever_the_resizing_is(cfg, options, size):
+    """Objects are looked at in the size in which they are trained."""
+    cfg.merge_from_list(options)
+    record = {"height": 320, "width": 200}
+    record["annotations"] = [{"bbox": [20, 32, 100, 160], "bbox_mode": BoxMode.XYWH_ABS}]
+    ((shape, boxes),) = images = anchors.training_boxes([record], cfg)
+    assert shape == size
+    factors = np.array([size[1] / 200, size[0] / 320] * 2)
+    np.testing.assert_allclose(boxes[0], np.array([20, 32, 120, 192]) * factors)
+    assert len(anchors.best_anchor_iou(images, cfg)) == 1
+
+
+@pytest.mark.parametrize(
     "shapes",
     [
         [(150, 12)] * 50 + [(100, 9)] * 50,

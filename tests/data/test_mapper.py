@@ -86,6 +86,25 @@ def test_scale_jitter(cfg, records, scales):
     assert numbers == ({0, 1} if scales[1] > 1 else {1})
 
 
+@pytest.mark.parametrize("kind", ["polygons", "encoded"])
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_scale_jitter_of_masks(cfg, records, kind, scale):
+    """A mask stays where its object is, without the padding, and the box is around it."""
+    cfg.MODEL.MASK_ON, cfg.INPUT.SCALE_JITTER, cfg.INPUT.MAX_SIZE_TRAIN = True, (scale,) * 2, 128
+    pixels = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels[10:30, 24:48] = 255
+    Image.fromarray(pixels).save(records[0]["file_name"])
+    polygons = [np.array([24.0, 10, 48, 10, 48, 30, 24, 30])]
+    mask = polygons if kind == "polygons" else data.encode_mask(pixels[..., 0] > 0)
+    annotation = {**records[0]["annotations"][0], "bbox": [24, 10, 24, 20], "segmentation": mask}
+    mapped = data.Mapper(cfg, is_train=True)({**records[0], "annotations": [annotation]})
+    (found,) = mapped["instances"].gt_masks.tensor
+    assert (found != (mapped["image"][0] == 255)).float().mean() < 0.02
+    assert found.float().mean() < 0.4
+    boxes = mapped["instances"].gt_masks.get_bounding_boxes()
+    assert torch.equal(mapped["instances"].gt_boxes.tensor, boxes.tensor)
+
+
 def test_bad_scale_jitter(cfg):
     cfg.INPUT.SCALE_JITTER = [2.0, 0.1]
     with pytest.raises(FreeAnchorError, match=r"INPUT\.SCALE_JITTER must be two scales"):
@@ -175,3 +194,11 @@ def test_ignore_regions(cfg, coco):
     with_regions = model([mapped, mapped])["loss_negative"].item()
     mapped["ignore_regions"] = mapped["ignore_regions"][:0]
     assert with_regions < model([mapped, mapped])["loss_negative"].item()
+
+
+def test_image_that_is_resized_to_nothing(cfg, records):
+    """One of its pixels stays, where Detectron2 would round their number to 0."""
+    Image.new("RGB", (3000, 1)).save(records[0]["file_name"])
+    record = {"file_name": records[0]["file_name"], "image_id": 1}
+    for is_train in (True, False):
+        assert data.Mapper(cfg, is_train=is_train)(dict(record))["image"].shape == (3, 1, 640)

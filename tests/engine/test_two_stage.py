@@ -11,7 +11,7 @@ from conftest import REPOSITORY, quick_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
-from freeanchor.checkpoint import Checkpointer
+from freeanchor.checkpoint import Checkpointer, read_checkpoint
 from freeanchor.data import decode_mask, encode_mask, write_shapes
 from freeanchor.deploy import Predictor
 from freeanchor.deploy.app import detect, find_bag
@@ -165,3 +165,32 @@ def test_starts_from_detectron2s_mask_rcnn(tmp_path, caplog):
     assert same >= {k for k in expected if not any(x in k for x in predictors)}
     assert not any("cls_score" in k for k in same)
     assert "proposal_generator.detector.head.cls_score.weight" in caplog.text  # initialised anew
+
+
+@pytest.mark.parametrize("mask_format", ["encoded", "polygons"])
+def test_replay_of_masks(train_net, arguments, shapes, tmp_path, before_step, capsys, mask_format):
+    """A step that is not finite is saved with the masks that its losses need."""
+
+    def overflow(step):
+        torch.nn.init.constant_(step.model.roi_heads.mask_head.predictor.weight, torch.inf)
+
+    before_step(overflow)
+    sets, keys = arguments
+    if mask_format == "polygons":
+        content = json.loads((shapes / "train.json").read_text())
+        for x in content["annotations"]:
+            left, top, width, height = x["bbox"]
+            right, bottom = left + width, top + height
+            x["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        sets = [tmp_path / "train.json" if x == shapes / "train.json" else x for x in sets]
+    with pytest.raises(SystemExit, match=r"loss_mask nan"):
+        train_net(*sets, *keys, config=MASK_RCNN)
+    (file,) = (tmp_path / "output").glob("non_finite_*.pth")
+    main(["replay", str(file)])
+    assert "roi_heads.mask_head.predictor.weight was not finite" in capsys.readouterr().out
+    content = read_checkpoint(str(file))
+    content["model"]["roi_heads.mask_head.predictor.weight"].zero_()
+    torch.save(content, file)
+    main(["replay", str(file)])
+    assert "loss_mask 0.6931" in capsys.readouterr().out

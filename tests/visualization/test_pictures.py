@@ -1,10 +1,14 @@
 """Pictures of a finished run."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 from freeanchor.__main__ import main
+from freeanchor.checkpoint import write_checkpoint
 from freeanchor.errors import FileError
 from freeanchor.visualization import match_images, read_metrics
 
@@ -75,3 +79,25 @@ def test_matching_of_another_architecture(cfg, dataset):
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     with pytest.raises(FileError, match="GeneralizedRCNN with RPN has no bags"):
         match_images(cfg, [], records)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["INPUT.SCALE_JITTER", "(0.1, 2.0)"],
+        ["INPUT.MIN_SIZE_TRAIN", "(48, 96)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+        ["INPUT.CROP.ENABLED", "True", "INPUT.RANDOM_FLIP", "vertical"],
+    ],
+)
+def test_matching_whatever_the_augmentation(cfg, dataset, options):
+    """Images are as in a test: whole, and their objects where they are."""
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.INPUT.MIN_SIZE_TEST = 2, 96
+    path = str(Path(dataset[1]).with_name("model.pth"))
+    write_checkpoint(path, build_model(cfg).state_dict(), {})
+    cfg.merge_from_list(options)
+    records = DatasetCatalog.get(dataset[0])
+    for (pixels, matchings), record in zip(match_images(cfg, [path], records), records):
+        assert pixels.shape == (96, 128, 3)
+        x, y, width, height = record["annotations"][0]["bbox"]
+        box = torch.tensor([[x, y, x + width, y + height]], dtype=torch.float32)
+        torch.testing.assert_close(matchings["model"].boxes, 2 * box)

@@ -36,7 +36,8 @@ def training_boxes(records: list[dict[str, Any]], cfg: CfgNode) -> Images:
 
     Args:
         records: images in Detectron2's standard format.
-        cfg: its `INPUT.MIN_SIZE_TRAIN` (of several, the middle one) and `MAX_SIZE_TRAIN`.
+        cfg: its `INPUT.MIN_SIZE_TRAIN` (of several, the middle one) and `MAX_SIZE_TRAIN`, or
+            `SCALE_JITTER` (the middle of it, before the crop).
 
     Returns:
         Per image with objects, (height, width) of the network's input and (n, 4) boxes x1 y1 x2 y2.
@@ -44,7 +45,6 @@ def training_boxes(records: list[dict[str, Any]], cfg: CfgNode) -> Images:
     Raises:
         DatasetError: there is no object.
     """
-    size = int(np.median(cfg.INPUT.MIN_SIZE_TRAIN))
     result = []
     for record in records:
         boxes = [
@@ -54,12 +54,25 @@ def training_boxes(records: list[dict[str, Any]], cfg: CfgNode) -> Images:
         ]
         if boxes:
             old = record["height"], record["width"]
-            new = ResizeShortestEdge.get_output_shape(*old, size, cfg.INPUT.MAX_SIZE_TRAIN)
+            new = _training_size(*old, cfg)
             scale = np.array([new[1] / old[1], new[0] / old[0]] * 2)
             result.append((new, np.array(boxes, dtype=np.float64) * scale))
     if not result:
         raise DatasetError("there is no object to fit anchors to")
     return result
+
+
+def _training_size(height: int, width: int, cfg: CfgNode) -> tuple[int, int]:
+    """Height and width that an image is trained in."""
+    keys = cfg.INPUT
+    new: tuple[int, int] = height, width
+    size = int(np.median(keys.MIN_SIZE_TRAIN))
+    if keys.SCALE_JITTER:
+        scale = float(np.mean(keys.SCALE_JITTER)) * keys.MAX_SIZE_TRAIN / max(height, width)
+        new = round(height * scale), round(width * scale)
+    elif size > 0:  # with 0, Detectron2 does not resize
+        new = ResizeShortestEdge.get_output_shape(height, width, size, keys.MAX_SIZE_TRAIN)
+    return max(1, new[0]), max(1, new[1])
 
 
 def best_anchor_iou(images: Images, cfg: CfgNode) -> NDArray[Any]:

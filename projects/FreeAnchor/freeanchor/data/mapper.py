@@ -73,6 +73,7 @@ class Mapper(DatasetMapper):
         options = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.SCALE_JITTER:
             options["augmentations"] = _with_scale_jitter(cfg, options["augmentations"])
+            options["recompute_boxes"] = cfg.MODEL.MASK_ON  # as of INPUT.CROP
         return {
             **options,
             "reader": ImageReader.from_config(cfg),
@@ -170,7 +171,9 @@ def _with_scale_jitter(cfg: CfgNode, augmentations: list[T.Augmentation]) -> lis
         raise FreeAnchorError(
             f"INPUT.SCALE_JITTER must be two scales, the smaller first, got {scales}"
         )
-    jitter = [T.ResizeScale(*scales, size, size), T.FixedSizeCrop((size, size))]
+    crop = T.FixedSizeCrop((size, size))
+    crop.seg_pad_value = 0  # 255 in Detectron2's main branch: the padding would be of each mask
+    jitter = [T.ResizeScale(*scales, size, size), crop]
     result: list[T.Augmentation] = []
     for augmentation in augmentations:
         is_resize = isinstance(augmentation, T.ResizeShortestEdge)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 
 from ..checkpoint import replacing
@@ -100,7 +100,9 @@ def _out_of_memory(step: Any, batch: Any) -> str:
             f"SOLVER.ACCUMULATION_STEPS {more[0]} computes {len(batch) // more[0]} instead of "
             f"{size} images at once, with the same result"
         )
-    if max(cfg.INPUT.MIN_SIZE_TRAIN) > 1:
+    if cfg.INPUT.SCALE_JITTER:
+        advice.append(f"INPUT.MAX_SIZE_TRAIN {cfg.INPUT.MAX_SIZE_TRAIN * 3 // 4} needs about half")
+    elif max(cfg.INPUT.MIN_SIZE_TRAIN) > 1:
         advice.append(
             f"INPUT.MIN_SIZE_TRAIN ({max(cfg.INPUT.MIN_SIZE_TRAIN) * 3 // 4},) needs about half"
         )
@@ -168,7 +170,15 @@ class NonFiniteReport:
 
 def _to_plain(image: dict[str, Any]) -> dict[str, Any]:
     """An image of a batch, in containers that `freeanchor.checkpoint.read_checkpoint` reads."""
-    plain = {k: v for k, v in image.items() if isinstance(v, torch.Tensor | str | int | float)}
+    kept = torch.Tensor | str | int | float | tuple  # a tuple is of numbers
+    plain = {k: v for k, v in image.items() if isinstance(v, kept)}
     instances: Instances = image["instances"]
     plain["boxes"], plain["classes"] = instances.gt_boxes.tensor, instances.gt_classes
+    if instances.has("gt_masks"):
+        masks = instances.gt_masks
+        plain["masks"] = (
+            masks.tensor
+            if isinstance(masks, BitMasks)
+            else [[torch.from_numpy(x) for x in polygons] for polygons in masks.polygons]
+        )
     return plain

@@ -122,7 +122,7 @@ class LearningCheck(HookBase):
         fit = self._anchor_fit()
         if fit is not None and fit.unfitted > _MOST_UNFITTED:
             logger.warning(
-                f"{fit}. A larger INPUT.MIN_SIZE_TRAIN may help, or anchors that fit: "
+                f"{fit}. A larger {self._size_key} may help, or anchors that fit: "
                 "`freeanchor anchors` proposes some"
             )
 
@@ -191,12 +191,17 @@ class LearningCheck(HookBase):
             f"Try {'; '.join(parts)}"
         )
 
+    @property
+    def _size_key(self) -> str:
+        """What says how large images are trained."""
+        return "INPUT.MAX_SIZE_TRAIN" if self.cfg.INPUT.SCALE_JITTER else "INPUT.MIN_SIZE_TRAIN"
+
     def _size_advice(self) -> list[str]:
         """What there is to say of the images' size, if many objects fit no anchor."""
         fit = self._anchor_fit()
         if fit is None or fit.unfitted < _MANY_UNFITTED:
             return []
-        return [f"a larger INPUT.MIN_SIZE_TRAIN or the anchors of `freeanchor anchors`, as {fit}"]
+        return [f"a larger {self._size_key} or the anchors of `freeanchor anchors`, as {fit}"]
 
     def _anchor_fit(self) -> _AnchorFit | None:
         """How the config's anchors fit, None where it has none or images have no size."""

@@ -8,7 +8,7 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from ..checkpoint import read_checkpoint
@@ -90,4 +90,9 @@ def _is_finite(x: torch.Tensor) -> bool:
 def _from_plain(image: dict[str, Any]) -> dict[str, Any]:
     instances = Instances(tuple(image["image"].shape[-2:]))
     instances.gt_boxes, instances.gt_classes = Boxes(image["boxes"]), image["classes"]
+    masks = image.get("masks")
+    if isinstance(masks, torch.Tensor):
+        instances.gt_masks = BitMasks(masks)
+    elif masks is not None:
+        instances.gt_masks = PolygonMasks([[x.numpy() for x in polygons] for polygons in masks])
     return {**image, "instances": instances}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.data.detection_utils import build_augmentation, convert_image_to_rgb
 from detectron2.modeling import build_model
 from numpy.typing import NDArray
 from PIL import Image
@@ -63,12 +63,9 @@ def match_images(
     cfg.defrost()
     cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
     # Images as in a test, but with their objects.
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (
-        (cfg.INPUT.MIN_SIZE_TEST,),
-        cfg.INPUT.MAX_SIZE_TEST,
-    )
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
-    mapper, model = Mapper(cfg, is_train=True), build_model(cfg).eval()
+    options = Mapper.from_config(cfg, is_train=True)
+    options["augmentations"] = build_augmentation(cfg, is_train=False)
+    mapper, model = Mapper(**{**options, "recompute_boxes": False}), build_model(cfg).eval()
     images = [mapper(record) for record in records]
     found: list[dict[str, Matching]] = [{} for _ in images]
     for checkpoint in checkpoints:
