@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import quick_cfg
 from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from freeanchor.engine import TrainLoader
@@ -143,6 +143,25 @@ def test_samplers(sampler, expected):
         assert set(np.argsort(counts)[-2:]) == expected
     else:
         assert np.count_nonzero(counts) == 4
+
+
+def test_repeating_by_the_square_root_or_not(monkeypatch):
+    """The key that Detectron2's main branch has is handed on; 0.6 has none."""
+    given = []
+
+    def factors(records, threshold, **options):
+        given.append(options)
+        return torch.ones(len(records))
+
+    name = "repeat_factors_from_category_frequency"
+    monkeypatch.setattr(RepeatFactorTrainingSampler, name, staticmethod(factors))
+    cfg = config(SAMPLER_TRAIN="RepeatFactorTrainingSampler", REPEAT_THRESHOLD=0.9)
+    cfg.DATALOADER.pop("REPEAT_SQRT", None)
+    TrainLoader(cfg, RECORDS, draw)
+    for value in (True, False):
+        cfg.DATALOADER.REPEAT_SQRT = value
+        TrainLoader(cfg, RECORDS, draw)
+    assert given == [{}, {"sqrt": True}, {"sqrt": False}]
 
 
 def test_image_that_is_none():

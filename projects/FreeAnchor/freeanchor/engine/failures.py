@@ -170,8 +170,8 @@ class NonFiniteReport:
 
 def _to_plain(image: dict[str, Any]) -> dict[str, Any]:
     """An image of a batch, in containers that `freeanchor.checkpoint.read_checkpoint` reads."""
-    kept = torch.Tensor | str | int | float | tuple  # a tuple is of numbers
-    plain = {k: v for k, v in image.items() if isinstance(v, kept)}
+    kept = (torch.Tensor, str, int, float, tuple)  # tuples are of numbers
+    plain: dict[str, Any] = {k: v for k, v in image.items() if isinstance(v, kept)}
     instances: Instances = image["instances"]
     plain["boxes"], plain["classes"] = instances.gt_boxes.tensor, instances.gt_classes
     if instances.has("gt_masks"):

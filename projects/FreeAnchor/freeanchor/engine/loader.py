@@ -69,8 +69,10 @@ class TrainLoader:
             self._shape = [_is_wide(record) for record in records]
         self._factors = None
         if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+            # Detectron2's main branch has a key for it.
+            options = {"sqrt": x} if (x := cfg.DATALOADER.get("REPEAT_SQRT")) is not None else {}
             self._factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                records, cfg.DATALOADER.REPEAT_THRESHOLD
+                records, cfg.DATALOADER.REPEAT_THRESHOLD, **options
             )
         self._sampler()  # an unknown one is refused before the first iteration
 
