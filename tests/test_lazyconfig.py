@@ -30,6 +30,7 @@ def test_it_is_the_yaml():
         for m in (theirs, ours)
     ]
     assert plain[0] == plain[1]
+    assert theirs.normalizer.kind == ours.normalizer.kind
     assert {"pre_anchor_topk", "focal_loss_alpha", "smooth_l1_beta"} <= plain[0].keys()
     for name in ("weights", "scale_clamp"):
         values = [getattr(m.box2box_transform, name) for m in (theirs, ours)]

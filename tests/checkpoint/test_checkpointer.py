@@ -96,6 +96,10 @@ def test_a_whole_model_must_match(cfg, tmp_path, options):
         ("MODEL.FPN.OUT_CHANNELS", 32),
         ("MODEL.RESNETS.DEPTH", 34),
         ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
+        (
+            *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
+            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32),
+        ),
     ],
 )
 @pytest.mark.parametrize("swapped", [False, True])

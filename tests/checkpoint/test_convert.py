@@ -17,7 +17,7 @@ from freeanchor.checkpoint import (
     to_detectron2,
     write_checkpoint,
 )
-from freeanchor.checkpoint.files import CONFIG_KEY
+from freeanchor.checkpoint.files import CLASS_NAMES, CONFIG_KEY
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
 from torch import nn
@@ -343,6 +343,23 @@ def test_command_on_detectron2s_own_weights(tmp_path, model):
     found = read_checkpoint(str(tmp_path / "c.pth"))["model"]
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model_final.yaml", None])
+def test_command_on_weights_of_a_run(tmp_path, cfg, name):
+    """They name their classes and no more: what else they need is in the config beside them."""
+    cfg.INPUT.FORMAT, names = "RGB", ["a", "b", "c"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    weights = build_model(cfg).state_dict()
+    write_checkpoint(run / "model_final.pth", weights, {CLASS_NAMES: names})
+    if name:
+        (run / name).write_text(cfg.dump())
+    main(["convert", str(run / "model_final.pth"), str(out / "model.safetensors")])
+    assert (out / "model.yaml").is_file() == bool(name)
+    if name:
+        written = read_config(out / "model.yaml")
+        assert written.INPUT.FORMAT == "RGB"
+        load(written, out / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ from .checkpointer import Checkpointer, class_config
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
-from .files import find, read_checkpoint, read_class_names, replacing, write_checkpoint
+from .files import (
+    config_beside,
+    find,
+    read_checkpoint,
+    read_class_names,
+    replacing,
+    write_checkpoint,
+)
 from .thresholds import (
     Thresholds,
     copy_thresholds,
@@ -19,6 +26,7 @@ __all__ = [
     "Converted",
     "Thresholds",
     "class_config",
+    "config_beside",
     "convert",
     "convert_file",
     "copy_thresholds",

@@ -313,7 +313,7 @@ class Checkpointer(DetectionCheckpointer):
         if any(problems.values()):
             raise FileError(
                 f"The weights {self.path} are not of this model: they fill "
-                f"{len(names) - len(missing) - len(wrong)} of its {len(names)} tensors. "
+                f"{len(names) - len(missing | wrong.keys())} of its {len(names)} tensors. "
                 + "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
             )
         initialised = [k for k in names if k in missing or k in wrong]

@@ -11,9 +11,18 @@ from typing import Any
 
 import torch
 
+from ..config import read_config
 from ..errors import FileError
 from .converter import Converted, is_counter
-from .files import CONFIG_KEY, check_checkpoint_path, find, read_checkpoint, write_checkpoint
+from .files import (
+    CLASS_NAMES,
+    CONFIG_KEY,
+    check_checkpoint_path,
+    config_beside,
+    find,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .formats import CONVERTERS
 from .thresholds import copy_thresholds
 
@@ -109,10 +118,17 @@ def convert_file(source: str, out: Path) -> None:
     config = loadable.get(CONFIG_KEY, {})
     write_checkpoint(out, weights, config)
     copy_thresholds(Path(path).parent, out.parent, weights)
-    if not config:
-        logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
-        return
-    cfg = Converted("", weights, config).build_config()
+    if config.keys() <= {CLASS_NAMES}:
+        # Trained here, or by Detectron2: the weights do not say what they need of the model.
+        own = config_beside(Path(path))
+        if own is None:
+            logger.info(
+                f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config"
+            )
+            return
+        cfg = read_config(own)
+    else:
+        cfg = Converted("", weights, config).build_config()
     cfg.MODEL.WEIGHTS = str(out)
     out.with_suffix(".yaml").write_text(cfg.dump())
     logger.info(

@@ -32,6 +32,7 @@ __all__ = [
     "CLASS_NAMES",
     "CONFIG_KEY",
     "check_checkpoint_path",
+    "config_beside",
     "find",
     "is_whole",
     "read_checkpoint",
@@ -147,6 +148,12 @@ def _num_bytes(value: Any, seen: set[int]) -> int:
     elif not isinstance(value, list | tuple):
         return 0
     return sum(_num_bytes(v, seen) for v in value)
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config of weights: of the same name, or the `config.yaml` of a run; None without."""
+    beside = (path.with_suffix(".yaml"), path.with_name("config.yaml"))
+    return next((x for x in beside if x.is_file()), None)
 
 
 def read_class_names(path: str) -> list[str]:

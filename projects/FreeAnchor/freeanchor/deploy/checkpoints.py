@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from .. import model_zoo
-from ..checkpoint import find
+from ..checkpoint import config_beside, find
 from ..config import CONFIGS, read_config, scored_part
 from ..errors import FileError
 
@@ -73,11 +73,10 @@ def _read(source: Path) -> CfgNode:
         # Not MODEL.WEIGHTS of the config, from which the training started.
         cfg.MODEL.WEIGHTS = str(_newest_weights(source))
     elif source.suffix in _WEIGHTS and source.is_file():
-        beside = (source.with_suffix(".yaml"), source.with_name("config.yaml"))
-        config = next((x for x in beside if x.is_file()), None)
+        config = config_beside(source)
         if config is None:
             raise FileError(
-                f"{source} has no config beside it, neither {beside[0].name} nor "
+                f"{source} has no config beside it, neither {source.stem}.yaml nor "
                 "config.yaml: give the config, and these as its weights"
             )
         cfg = read_config(config)
