@@ -45,16 +45,18 @@ def test_formats_from_the_image_to_the_stem(cfg, records, image_format):
     model.eval()([test])
 
 
-def test_resizing_more_than_three_channels(cfg, records):
-    """Each channel by itself: the fourth is no mask of the others, as Pillow would have it."""
-    pixels = np.full((48, 64, 4), 200, dtype=np.uint8)
-    pixels[..., 3] = 0
-    Image.fromarray(pixels, "RGBA").save(records[0]["file_name"])
-    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = "RGBA", 30
+@pytest.mark.parametrize("image_format", ["LA", "RGBA"])
+def test_resizing_with_a_mask(cfg, records, image_format):
+    """Each channel by itself: the last is no mask of the others, as Pillow would have it."""
+    channels = data.num_channels(image_format)
+    pixels = np.full((48, 64, channels), 200, dtype=np.uint8)
+    pixels[..., -1] = 0
+    Image.fromarray(pixels, image_format).save(records[0]["file_name"])
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = image_format, 30
     image = data.Mapper(cfg, is_train=False)(records[0])["image"]
-    assert image.shape == (4, 30, 40)
-    assert (image[:3] - 200).abs().max() < 0.01
-    assert (image[3] == 0).all()
+    assert image.shape == (channels, 30, 40)
+    assert (image[:-1] - 200).abs().max() < 0.01
+    assert (image[-1] == 0).all()
 
 
 @pytest.mark.parametrize("scales", [(0.2, 0.6), (1.0, 1.0), (1.5, 3.0)])

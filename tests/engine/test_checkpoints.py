@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from freeanchor.checkpoint import files, read_checkpoint
+from freeanchor.data import register_datasets
 from freeanchor.engine import checkpoints
 from tiny_run import difference, result
 
@@ -155,6 +156,21 @@ def test_best_checkpoint(tiny, monkeypatch):
     assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (5, 6)
     for line in (output / "metrics.json").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # of NaN
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("bbox/AP", (0,)), ("other/bbox/AP", (1, 2))])
+def test_best_checkpoint_of_several_data_sets(tiny, coco, monkeypatch, metric, expected):
+    """It is the best on the first of them, unless the metric names another."""
+    left = iter([3.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr(
+        "freeanchor.engine.Trainer.test",
+        lambda *_: {name: {"bbox": {"AP": next(left)}} for name in ("tiny", "other")},
+    )
+    triple = coco("other", categories=[{"id": 1, "name": "noise"}], category_ids=(1,))
+    register_datasets([triple])
+    keys = ["DATASETS.TEST", "('tiny', 'other')", "TEST.EVAL_PERIOD", "1", "SOLVER.MAX_ITER", "2"]
+    output = tiny(*keys, "TEST.BEST_METRIC", metric)
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in expected
 
 
 def test_early_stopping(tiny, monkeypatch):

@@ -247,13 +247,15 @@ def test_more_than_100_detections(register, cfg, model, tmp_path, monkeypatch, b
 
 @pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
 @pytest.mark.parametrize("objects", [[], [(1, 1, (9, 9, 50, 60), True)]], ids=["none", "a crowd"])
-def test_without_objects(register, monkeypatch, back_end, objects):
+def test_without_objects(register, monkeypatch, tmp_path, back_end, objects):
     """The AP of nothing is not 0: of a data set and of a class."""
     if back_end == "pycocotools":
         monkeypatch.setattr(boxes, "COCO", COCO)
         monkeypatch.setattr(boxes, "COCOeval", COCOeval)
     detections = [(1, 0, (9, 9, 20, 20), 0.9), (2, 1, (9, 9, 20, 20), 0.8)]
-    results = evaluate(BoxEvaluator(register("empty", objects)), detections, 2)
+    evaluator = BoxEvaluator(register("empty", objects), output_dir=str(tmp_path / "out"))
+    results = evaluate(evaluator, detections, 2)
+    assert not (tmp_path / "out" / "precision_recall.png").exists()
     results.pop("calibration")  # all detections are wrong
     assert all(math.isnan(x) for task in results.values() for x in task.values())
     objects = [*objects, (2, 0, (9, 9, 20, 20), False)]

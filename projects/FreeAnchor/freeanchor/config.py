@@ -130,7 +130,8 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # Steps with a loss or gradient that is not finite which are left out before the run ends.
     cfg.SOLVER.SKIP_NON_FINITE = 0
 
-    # The metric of model_best.pth, with TEST.EVAL_PERIOD; with several data sets "NAME/bbox/AP".
+    # The metric of model_best.pth, with TEST.EVAL_PERIOD. With several data sets it is that of the
+    # first; "NAME/bbox/AP" is that of another.
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Evaluations without a better TEST.BEST_METRIC after which the training ends; 0 for never.
     cfg.TEST.EARLY_STOPPING = 0

@@ -88,7 +88,7 @@ class ImageReader:
 
         Returns:
             (H, W, C) array in the format of the reader: uint8, and float32 of YUV-BT.601 and of
-            more than three channels.
+            two or four channels.
 
         Raises:
             OSError, ValueError, SyntaxError: it cannot be read; the message does not name it.
@@ -101,8 +101,8 @@ class ImageReader:
         pixels: NDArray[Any] = convert_PIL_to_numpy(
             _as_seen(_to_8_bits(image, self.max_value)), self.format
         )
-        if pixels.shape[2] > 3 or pixels.dtype != np.uint8:
-            # Resizing by Pillow would take a fourth channel for a mask of the others.
+        if pixels.shape[2] not in (1, 3) or pixels.dtype != np.uint8:
+            # Resizing by Pillow would take a second or fourth channel for a mask of the others.
             return pixels.astype(np.float32)
         return pixels
 

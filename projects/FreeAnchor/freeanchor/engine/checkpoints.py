@@ -150,7 +150,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
             checkpointer: what writes `model_best.pth`.
             step: where the processes agree to stop early.
         """
-        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC)
+        metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+        if len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
+            metric = f"{names[0]}/{metric}"
+        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
         self._step = step
         self._patience = cfg.TEST.EARLY_STOPPING
         self._evaluations_since = 0

@@ -148,8 +148,10 @@ class BoxEvaluator(DatasetEvaluator):
             logger.info(f"By {name}:\n{create_small_table(results[name])}")
         results |= self._scores(judge(truth, detections, img_ids))
         if evaluated is not None and self._output_dir:
-            figure = draw_precision_recall(evaluated["precision"][..., 0, -1])
-            figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
+            precision = evaluated["precision"][..., 0, -1]
+            if (precision > -1).any():
+                figure = draw_precision_recall(precision)
+                figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
         return results
 
     def _scores(self, images: Sequence[JudgedImage]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """NMS recall (paper, section 4.2): does NMS leave the box that localises an object?"""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class NMSRecallEvaluator(DatasetEvaluator):
     is evaluated in the model's own forward pass, at the cost of a second decoding.
 
     Results are in percent: "NR", the mean over t = 0.5, 0.55 .. 0.9, and "NR50" .. "NR90".
+    Those of objects of which none is found are 0, and without objects they are NaN.
     """
 
     SCORE_THRESH = 0.05
@@ -103,10 +105,12 @@ class NMSRecallEvaluator(DatasetEvaluator):
             torch.cat([torch.zeros(0), *(x[kind] for x in overlaps.values())]).double()
             for kind in (0, 1)
         )
-        recalls = [
-            100 * float((after > t).sum() / (before > t).sum().clamp(min=1))
-            for t in self.IOU_THRESHS
-        ]
+        recalls = [math.nan] * len(self.IOU_THRESHS)
+        if len(before):  # there are objects
+            recalls = [
+                100 * float((after > t).sum() / (before > t).sum().clamp(min=1))
+                for t in self.IOU_THRESHS
+            ]
         results = {"NR": sum(recalls) / len(recalls)}
         for t, recall in zip(self.IOU_THRESHS, recalls):
             results[f"NR{round(100 * t)}"] = recall
