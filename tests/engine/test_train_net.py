@@ -338,6 +338,15 @@ def test_more_gpus_than_there_are(train_net, monkeypatch):
         train_net("--num-gpus", "8")
 
 
+@pytest.mark.parametrize("options", [[], ["--dist-url", "auto"]])
+def test_machines_that_would_not_meet(train_net, monkeypatch, options):
+    """Each would wait for the others at an address of its own, for half an hour."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="--num-machines 2 needs --dist-url tcp://HOST:PORT"):
+        train_net("--num-gpus", "2", "--num-machines", "2", *options)
+
+
 def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path):
     """Without ImageNet weights, a frozen backbone learns nothing."""
     register, names = data_options

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -194,3 +195,18 @@ def test_replay_of_masks(train_net, arguments, shapes, tmp_path, before_step, ca
     torch.save(content, file)
     main(["replay", str(file)])
     assert "loss_mask 0.6931" in capsys.readouterr().out
+
+
+def test_report_beside_a_run_without_masks(train_net, arguments, tmp_path):
+    """The masks of the objects are there, whichever run is the first."""
+    sets, keys = arguments
+    train_net(*sets, *keys, config=MASK_RCNN)
+    keys = [*keys, "TEST.PROPOSAL_RECALL", "False", "OUTPUT_DIR", tmp_path / "boxes"]
+    train_net(*sets, *keys, config=QUICK / "free_anchor_R_18_FPN.yaml")
+    runs = [str(tmp_path / "output"), str(tmp_path / "boxes")]
+    for order in (runs, runs[::-1]):
+        main(["report", *order, *map(str, sets), "--num-images", "1"])
+        text = Path(order[0], "report.html").read_text()
+        content = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text).group(1)
+        (image,) = json.loads(content)["images"]
+        assert all(mask for *_, mask in image["truth"])

@@ -204,6 +204,12 @@ def _check_devices(args: argparse.Namespace) -> None:
         raise FreeAnchorError(
             f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}"
         )
+    own_address = ("auto", argument_parser().get_default("dist_url"))
+    if args.num_machines > 1 and args.dist_url in own_address:  # where nobody else would come
+        raise FreeAnchorError(
+            f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, on all of them "
+            "that of the first machine and a free port of it"
+        )
 
 
 def _check_output(output_dir: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.config import CfgNode
 
+from ..data.catalog import take_over
 from ..errors import FileError
 from ..evaluation import ASPECT_RATIOS, CROWDING, FALSE_POSITIVES, confusion, precision_recall
 from .charts import COLORS, Line, confusion_table, line_chart, number, table
@@ -229,6 +230,8 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float |
     count = -(-num_images // max(1, len(names)))
     max_bytes = max(_PICTURE_BYTES, _LEAST_PICTURE_BYTES * num_images) // max(1, len(names))
     for name in names:
+        # Whichever run comes last: the objects are drawn for both.
+        take_over(name).use_masks(any(run.cfg.MODEL.MASK_ON for run in runs))
         data = read_dataset(runs, name)
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts += _scores(runs, data)
