@@ -158,6 +158,17 @@ def test_best_checkpoint(tiny, monkeypatch):
         json.loads(line, parse_constant=pytest.fail)  # of NaN
 
 
+def test_best_checkpoint_by_another_metric(tiny, monkeypatch):
+    """A value of another metric is nothing to be better than."""
+    keys = evaluated_as(monkeypatch, [50.0])
+    tiny(*keys, "SOLVER.MAX_ITER", "1")
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {"bbox": {"AP75": 5.0}})
+    keys += ["TEST.BEST_METRIC", "bbox/AP75"]
+    output = tiny("--resume", *keys, "SOLVER.MAX_ITER", "2")
+    assert "not comparable" in log(output)
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (1, 2)
+
+
 @pytest.mark.parametrize(("metric", "expected"), [("bbox/AP", (0,)), ("other/bbox/AP", (1, 2))])
 def test_best_checkpoint_of_several_data_sets(tiny, coco, monkeypatch, metric, expected):
     """It is the best on the first of them, unless the metric names another."""

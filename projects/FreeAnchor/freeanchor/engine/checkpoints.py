@@ -155,6 +155,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             metric = f"{names[0]}/{metric}"
         super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
         self._step = step
+        self._judged_by = [metric, *names]
         self._patience = cfg.TEST.EARLY_STOPPING
         self._evaluations_since = 0
 
@@ -176,12 +177,19 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "judged_by": self._judged_by,
             "best_metric": self.best_metric,
             "best_iter": self.best_iter,
             "evaluations_since": self._evaluations_since,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what was the best."""
+        """Go on with what was the best, by the same metric on the same data sets."""
+        if state.get("judged_by", self._judged_by) != self._judged_by:
+            self._logger.warning(
+                f"What was the best was so by {state['judged_by']}, which is not comparable with "
+                f"{self._judged_by}: the next evaluation begins anew"
+            )
+            return
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
         self._evaluations_since = state["evaluations_since"]
