@@ -296,6 +296,17 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["SOLVER.REFERENCE_WORLD_SIZE", "8"], "IMS_PER_BATCH 2 is no multiple of .* 8"),
         (["DATASETS.TEST", "('val', 'val')"], "DATASETS.TEST has a data set twice: val, val"),
+        (
+            ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"],
+            r"TEST\.AUG\.MIN_SIZES is empty",
+        ),
+        *(
+            (
+                ["MODEL.META_ARCHITECTURE", "ProposalNetwork", f"TEST.{key}", "True"],
+                rf"TEST\.{key} is of models with .*, and MODEL\.META_ARCHITECTURE is Proposal",
+            )
+            for key in ("NMS_RECALL", "PROPOSAL_RECALL", "AUG.ENABLED")
+        ),
         (["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS: .* leave it out"),
     ],
 )

@@ -164,16 +164,15 @@ def _check_stages(cfg: CfgNode) -> None:
     is_one_stage = name in META_ARCH_REGISTRY and issubclass(
         META_ARCH_REGISTRY.get(name), RetinaNet
     )
-    of_two = {
-        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
-        "TEST.PROPOSAL_RECALL": cfg.TEST.PROPOSAL_RECALL,
-    }
-    of_one = {"TEST.NMS_RECALL": cfg.TEST.NMS_RECALL, "TEST.AUG.ENABLED": cfg.TEST.AUG.ENABLED}
-    for kind, keys in (
-        ("two stages", of_two if is_one_stage else {}),
-        ("one stage", of_one if is_two_stage(cfg) else {}),
+    test = cfg.TEST
+    # Architectures of the user's own are neither, and may have masks.
+    for kind, key, is_wrong in (
+        ("two stages", "MODEL.MASK_ON", cfg.MODEL.MASK_ON and is_one_stage),
+        ("two stages", "TEST.PROPOSAL_RECALL", test.PROPOSAL_RECALL and not is_two_stage(cfg)),
+        ("one stage", "TEST.NMS_RECALL", test.NMS_RECALL and not is_one_stage),
+        ("one stage", "TEST.AUG.ENABLED", test.AUG.ENABLED and not is_one_stage),
     ):
-        for key in filter(keys.get, keys):
+        if is_wrong:
             raise FreeAnchorError(
                 f"{key} is of models with {kind}, and MODEL.META_ARCHITECTURE is {name}: leave it "
                 "out, or take another config"
@@ -185,6 +184,8 @@ def _check_test(cfg: CfgNode) -> None:
     names = list(cfg.DATASETS.TEST)
     if len(set(names)) < len(names):
         raise FreeAnchorError(f"DATASETS.TEST has a data set twice: {', '.join(names)}")
+    if cfg.TEST.AUG.ENABLED and not cfg.TEST.AUG.MIN_SIZES:
+        raise FreeAnchorError("TEST.AUG.MIN_SIZES is empty: name a size of the shorter side")
     if cfg.MODEL.LOAD_PROPOSALS:
         raise FreeAnchorError(
             "MODEL.LOAD_PROPOSALS: proposals are made here and not read, so leave it out"
