@@ -69,6 +69,34 @@ def test_objects_in_the_size_of_the_training(cfg):
 
 
 @pytest.mark.parametrize(
+    ("features", "best"),
+    [
+        (["p3", "p4", "p5", "p6", "p7"], 1 / 9),
+        (["p2", "p3", "p4", "p5", "p6", "p7"], 1.0),
+        (["p2", "p3", "p4"], 1.0),
+        (["p4", "p5"], 1 / 16),
+        (["res4"], 1 / 16),
+    ],
+)
+@pytest.mark.parametrize("name", ["RETINANET", "RPN"])
+def test_levels_of_the_config(cfg, features, best, name):
+    """An object of 4 x 4 pixels on an anchor of P2, and what the other levels have for it."""
+    cfg.MODEL[name].IN_FEATURES = features
+    cfg.MODEL.META_ARCHITECTURE = {"RETINANET": "FreeAnchor", "RPN": "GeneralizedRCNN"}[name]
+    keys = cfg.MODEL.ANCHOR_GENERATOR
+    keys.SIZES, keys.ASPECT_RATIOS = [[2 ** int(x[-1])] for x in features], [[1.0]]
+    images = [((64, 96), np.array([[30.0, 34, 34, 38]]))]
+    assert anchors.best_anchor_iou(images, cfg) == pytest.approx([best])
+    assert len(anchors.propose_anchors(images, cfg)[0]) == len(features)
+
+
+def test_features_without_a_level(cfg):
+    cfg.MODEL.RETINANET.IN_FEATURES = ["fine", "coarse"]
+    with pytest.raises(DatasetError, match="strides of the features fine, coarse are not known"):
+        anchors.best_anchor_iou([], cfg)
+
+
+@pytest.mark.parametrize(
     ("options", "size"),
     [
         (["INPUT.MIN_SIZE_TRAIN", "(0,)"], (320, 200)),  # as they are

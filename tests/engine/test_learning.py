@@ -136,3 +136,12 @@ def test_trainer_checks_a_freeanchor(cfg, dataset, tmp_path, architecture, expec
     found = [x for x in Trainer(cfg)._hooks if isinstance(x, LearningCheck)]
     assert len(found) == expected
     assert all(len(hook.records) for hook in found)
+
+
+def test_anchors_of_other_levels(tiny):
+    """A pyramid with P2, for small objects, trains: the anchors that are looked at are its own."""
+    levels = "['res2', 'res3', 'res4', 'res5']"
+    keys = ["MODEL.RESNETS.OUT_FEATURES", levels, "MODEL.FPN.IN_FEATURES", levels]
+    keys += ["MODEL.RETINANET.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6', 'p7']"]
+    keys += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [64], [128], [256]]"]
+    assert (tiny(*keys, "SOLVER.MAX_ITER", "1") / "model_final.pth").is_file()

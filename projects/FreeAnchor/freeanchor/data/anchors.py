@@ -4,6 +4,7 @@ The bag of an object holds the anchors with the highest IoU. Where none of them 
 lines, it holds any that touch the object, and there is little to choose from.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from detectron2.modeling import build_anchor_generator
 from detectron2.structures import Boxes, BoxMode
 from numpy.typing import NDArray
 
+from ..config import is_two_stage
 from ..errors import DatasetError
 from ..layers import iou_topk
 from ..layers.matching import box_iou
@@ -24,7 +26,6 @@ __all__ = ["best_anchor_iou", "propose_anchors", "training_boxes"]
 # Of each image with objects, (height, width) of the network's input and (n, 4) boxes x1 y1 x2 y2.
 Images = list[tuple[tuple[int, int], NDArray[Any]]]
 
-_STRIDES = (8, 16, 32, 64, 128)
 GOOD_IOU = 0.5
 _MAX_ROUNDS = 100
 _SMALLEST = 2 ** np.arange(2.5, 6.01, 0.25)  # 6 to 64 pixels
@@ -75,23 +76,34 @@ def _training_size(height: int, width: int, cfg: CfgNode) -> tuple[int, int]:
     return max(1, new[0]), max(1, new[1])
 
 
+def _strides(cfg: CfgNode) -> list[int]:
+    """The strides of the levels that have anchors, by their names: that of "p3" is 2 ** 3."""
+    names = cfg.MODEL["RPN" if is_two_stage(cfg) else "RETINANET"].IN_FEATURES
+    levels = [re.search(r"\d+$", name) for name in names]
+    if None in levels:
+        raise DatasetError(f"the strides of the features {', '.join(names)} are not known")
+    return [2 ** int(x[0]) for x in levels if x]
+
+
 def best_anchor_iou(images: Images, cfg: CfgNode) -> NDArray[Any]:
     """Measure how well the anchors of a config fit objects, where they lie in their images.
 
     Args:
         images: see :func:`training_boxes`.
-        cfg: its `MODEL.ANCHOR_GENERATOR`.
+        cfg: its `MODEL.ANCHOR_GENERATOR`, and the `IN_FEATURES` of the dense head.
 
     Returns:
         (M,) the IoU of each object with its best anchor.
+
+    Raises:
+        DatasetError: the names of the features do not say their strides.
     """
-    generate = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in _STRIDES])
+    strides = _strides(cfg)
+    generate = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
     best = []
     for (height, width), boxes in images:
         # As the network's features: padded to a multiple of 32, and halved from there, rounded up.
-        shapes = [
-            [-(-(-(-x // 32) * 32) // stride) for x in (height, width)] for stride in _STRIDES
-        ]
+        shapes = [[-(-(-(-x // 32) * 32) // stride) for x in (height, width)] for stride in strides]
         anchors = generate([torch.zeros(1, 1, *shape) for shape in shapes])
         levels = [x.tensor.view(*shape, -1, 4) for x, shape in zip(anchors, shapes)]
         objects = torch.from_numpy(boxes).float()
@@ -120,7 +132,7 @@ def propose_anchors(images: Images, cfg: CfgNode) -> tuple[list[list[float]], li
     log_ratios = np.log(shapes[:, 1] / shapes[:, 0])  # height / width, as in the config
     clustered = [_cluster(log_ratios, len(keys.ASPECT_RATIOS[0])).round(3).tolist()]
     num_sizes = len(keys.SIZES[0])
-    octaves = 2 ** (np.arange(len(_STRIDES))[:, None] + np.arange(num_sizes) / num_sizes)
+    octaves = 2 ** (np.arange(len(_strides(cfg)))[:, None] + np.arange(num_sizes) / num_sizes)
     all_sizes = [(smallest * octaves).round(2).tolist() for smallest in _SMALLEST]
     sample = images[:: -(-len(images) // _MOST_IMAGES)]
 
