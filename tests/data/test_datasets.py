@@ -120,6 +120,25 @@ def test_data_that_python_registered(coco):
     assert len(loaded["annotations"]) == 1
 
 
+def test_records_of_python_without_annotations(coco):
+    """Images without objects need not say so; a data set of which none has any is refused."""
+    data.register_datasets([coco()])
+    records = DatasetCatalog.get("train")
+    metadata = {"thing_classes": MetadataCatalog.get("train").thing_classes}
+    for record in (records[0], records[-1]):
+        del record["annotations"]
+    DatasetCatalog.register("some", lambda: records)
+    MetadataCatalog.get("some").set(**metadata)
+    loaded = data.load_training_set(["some"], filter_empty=False)
+    assert [len(x["annotations"]) for x in loaded] == [0, 1, 1, 0]
+    assert len(data.load_training_set(["some"], filter_empty=True)) == 2
+    bare = [{k: v for k, v in x.items() if k != "annotations"} for x in records]
+    DatasetCatalog.register("none", lambda: bare)
+    MetadataCatalog.get("none").set(**metadata)
+    with pytest.raises(DatasetError, match="none has no `annotations`"):
+        data.load_training_set(["none"], filter_empty=False)
+
+
 @pytest.mark.parametrize("filter_empty", [True, False])
 def test_images_that_lose_their_only_box(coco, filter_empty):
     """They leave training with FILTER_EMPTY_ANNOTATIONS, and stay as background without."""

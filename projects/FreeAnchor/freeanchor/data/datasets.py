@@ -36,9 +36,12 @@ def load_training_set(names: Sequence[str], filter_empty: bool) -> list[dict[str
     files = ", ".join(map(file_of, names))
     dicts: list[dict[str, Any]] = []
     for name in names:
-        dicts += take_over(name)()
-        if "annotations" not in dicts[-1]:
+        records = take_over(name)()
+        if not any("annotations" in x for x in records):
             raise DatasetError(f"{file_of(name)} has no `annotations`, so it cannot be trained on")
+        for record in records:  # Python's may leave them out where there is no object
+            record.setdefault("annotations", [])
+        dicts += records
         take_over(name).report()
     if all(a["iscrowd"] for x in dicts for a in x["annotations"]):
         raise DatasetError(
