@@ -90,6 +90,16 @@ def test_levels_of_the_config(cfg, features, best, name):
     assert len(anchors.propose_anchors(images, cfg)[0]) == len(features)
 
 
+def test_points_have_no_anchors(coco, capsys):
+    """None are proposed for them, nor are they said not to fit."""
+    _, annotations, folder = coco()
+    config = ["--config-file", str(QUICK.with_name("ltm_af_R_18_FPN.yaml"))]
+    with pytest.raises(SystemExit, match=r"freeanchor anchors: .* has no anchors"):
+        main(["anchors", annotations, folder, *config])
+    main(["check", annotations, folder, *config])
+    assert "anchor" not in capsys.readouterr().out
+
+
 def test_features_without_a_level(cfg):
     cfg.MODEL.RETINANET.IN_FEATURES = ["fine", "coarse"]
     with pytest.raises(DatasetError, match="strides of the features fine, coarse are not known"):

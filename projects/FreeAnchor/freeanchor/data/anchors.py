@@ -21,7 +21,7 @@ from ..errors import DatasetError
 from ..layers import iou_topk
 from ..layers.matching import box_iou
 
-__all__ = ["best_anchor_iou", "propose_anchors", "training_boxes"]
+__all__ = ["best_anchor_iou", "has_anchors", "propose_anchors", "training_boxes"]
 
 # Of each image with objects, (height, width) of the network's input and (n, 4) boxes x1 y1 x2 y2.
 Images = list[tuple[tuple[int, int], NDArray[Any]]]
@@ -76,6 +76,11 @@ def _training_size(height: int, width: int, cfg: CfgNode) -> tuple[int, int]:
     return max(1, new[0]), max(1, new[1])
 
 
+def has_anchors(cfg: CfgNode) -> bool:
+    """Whether objects choose from anchors, and not from points."""
+    return not (cfg.MODEL.META_ARCHITECTURE == "LTM" and cfg.MODEL.LTM.CANDIDATES == "points")
+
+
 def _strides(cfg: CfgNode) -> list[int]:
     """The strides of the levels that have anchors, by their names: that of "p3" is 2 ** 3."""
     names = cfg.MODEL["RPN" if is_two_stage(cfg) else "RETINANET"].IN_FEATURES
@@ -96,8 +101,11 @@ def best_anchor_iou(images: Images, cfg: CfgNode) -> NDArray[Any]:
         (M,) the IoU of each object with its best anchor.
 
     Raises:
-        DatasetError: the names of the features do not say their strides.
+        DatasetError: the config has no anchors, or the names of the features do not say their
+            strides.
     """
+    if not has_anchors(cfg):
+        raise DatasetError("MODEL.LTM.CANDIDATES points has no anchors: there are none to choose")
     strides = _strides(cfg)
     generate = build_anchor_generator(cfg, [ShapeSpec(stride=s) for s in strides])
     best = []

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import DatasetError
 from ..evaluation import ASPECT_RATIOS, CROWDING, aspect_ratios, crowding
-from .anchors import best_anchor_iou, training_boxes
+from .anchors import best_anchor_iou, has_anchors, training_boxes
 from .coco import read_coco
 from .coco_file import CocoFile
 from .containers import read_json
@@ -110,10 +110,11 @@ def _describe(file: CocoFile, cfg: CfgNode) -> list[str]:
     pieces = np.split(boxes[order], np.cumsum(in_image)[:-1])
     crowded = np.concatenate([crowding(x) for x in pieces])
     lines.append("largest IoU with another box: " + _shares(crowded, CROWDING))
-    records = file.records(range(len(file.class_names)))
-    iou = best_anchor_iou(training_boxes(records, cfg), cfg)
-    share = (iou < _LEAST_IOU).mean()
-    lines.append(f"boxes that no anchor of the config overlaps by {_LEAST_IOU}: {share:.1%}")
+    if has_anchors(cfg):
+        records = file.records(range(len(file.class_names)))
+        iou = best_anchor_iou(training_boxes(records, cfg), cfg)
+        share = (iou < _LEAST_IOU).mean()
+        lines.append(f"boxes that no anchor of the config overlaps by {_LEAST_IOU}: {share:.1%}")
     return lines
 
 

@@ -205,9 +205,6 @@ class LearningCheck(HookBase):
 
     def _anchor_fit(self) -> _AnchorFit | None:
         """How the config's anchors fit, None where it has none or images have no size."""
-        model = self.cfg.MODEL
-        if model.META_ARCHITECTURE == "LTM" and model.LTM.CANDIDATES == "points":
-            return None
         records = list(self.records)
         try:
             images = training_boxes(records[:: max(1, len(records) // _IMAGES_LOOKED_AT)], self.cfg)
