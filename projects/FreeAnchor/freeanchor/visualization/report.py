@@ -230,8 +230,8 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float |
     count = -(-num_images // max(1, len(names)))
     max_bytes = max(_PICTURE_BYTES, _LEAST_PICTURE_BYTES * num_images) // max(1, len(names))
     for name in names:
-        # Whichever run comes last: the objects are drawn for both.
-        take_over(name).use_masks(any(run.cfg.MODEL.MASK_ON for run in runs))
+        if len({run.cfg.MODEL.MASK_ON for run in runs}) > 1:
+            take_over(name).use_masks(True)  # whichever was read last
         data = read_dataset(runs, name)
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts += _scores(runs, data)
