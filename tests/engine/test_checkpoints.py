@@ -289,6 +289,19 @@ def test_resuming_with_another_optimiser(tiny, first, second):
     assert ("momentum_buffer" in kept) != ("AdamW" in second)
 
 
+def test_average_of_a_run_that_is_done(tiny, monkeypatch):
+    """Switched on when no iteration is left, it is the weights, not what the model began with."""
+    evaluated = []
+    monkeypatch.setattr(
+        "freeanchor.engine.Trainer.test",
+        lambda _, cfg, model: evaluated.append(model.head.cls_score.weight.clone()) or {},
+    )
+    keys = ["DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "0"]
+    tiny(*keys)
+    tiny("--resume", *keys, "SOLVER.EMA_DECAY", "0.9")
+    assert torch.equal(*evaluated)
+
+
 def test_average_with_precise_batch_norm(tiny):
     """The statistics are those of the average, which is evaluated, and not of the last weights."""
     name = "backbone.fpn_lateral3.norm.running_var"

@@ -88,9 +88,14 @@ class Trainer(DefaultTrainer):
         self._lacking: list[str] = []
         self._resumed = False
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        ema = self._trainer.ema
+        is_new_average = ema is not None and ema.n_averaged == 0
+        if ema is not None and is_new_average:
+            # Else that of a run without a step left would be what the model was built with.
+            ema.module.load_state_dict(without_ddp(self.model).state_dict())
         if not self._resumed:
             return
-        if self._trainer.ema is not None and self._trainer.ema.n_averaged == 0:
+        if is_new_average:
             self._lacking.append("the average of the weights")
         states = content.get("random_states")
         if states is None:
