@@ -78,11 +78,45 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
   return bags;
 }
 
+// The operators: Kernel::take(levels, index, out), and Kernel::put(levels, index, source), which
+// adds and rounds the sum once. The tensors have no gaps in memory.
+template <typename Kernel>
+at::Tensor take(at::TensorList levels, const at::Tensor& index) {
+  const auto dtype = compute_dtype("levels", levels);
+  at::Tensor result = at::empty(index.sizes(), index.options().dtype(dtype));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "take", [&] {
+    Kernel::take(
+        view_levels<scalar_t>("levels", levels, index.device()), index.contiguous(),
+        result.mutable_data_ptr<at::opmath_type<scalar_t>>());
+  });
+  return result;
+}
+template <typename Kernel>
+void put_(at::TensorList levels, const at::Tensor& index, const at::Tensor& source) {
+  compute_dtype("levels", levels);
+  TORCH_CHECK(
+      index.numel() == source.numel() && index.device() == source.device(),
+      "source must have as many elements as index, and be on its device");
+  const at::Tensor source_c = source.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "put_", [&] {
+    Kernel::put(
+        view_levels<scalar_t>("levels", levels, index.device()), index.contiguous(),
+        source_c.const_data_ptr<at::opmath_type<scalar_t>>());
+  });
+}
+
 // Whether boxes that the CPU can read are valid.
 template <typename T>
 void check_boxes(const char* name, const Box<T>* boxes, int64_t count) {
   TORCH_CHECK_VALUE(std::all_of(boxes, boxes + count, is_valid<T>), name, kBadBoxes);
 }
+
+// The box that an anchor predicts, and its centre.
+template <typename T>
+struct Prediction {
+  T x, y;
+  Box<T> box;
+};
 
 // What box_prob matches.
 template <typename T>
@@ -91,6 +125,22 @@ struct Matching {
   Objects<T> objects;
   int64_t num_classes;
   T weights[4], scale_clamp, threshold;
+
+  // matching.decode_boxes for anchor j of image n. Inlined, so that what is not used costs nothing.
+  FREEANCHOR_INLINE Prediction<T> predict(int64_t n, int64_t j) const {
+    const int l = deltas.level_of(j);
+    const auto in_level = static_cast<int32_t>(j - deltas.level[l].first);
+    const Box<T> anchor = anchors.level[l].boxes()[in_level];
+    const T width = anchor.x2 - anchor.x1, height = anchor.y2 - anchor.y1;
+    const T* raw = deltas.level[l].at(n, in_level);
+    const auto delta = [&](int d) { return raw[d * deltas.level[l].stride[4]] / weights[d]; };
+    const auto half = [&](int d) {
+      return T(0.5) * std::exp(delta(d) > scale_clamp ? scale_clamp : delta(d));
+    };
+    const T x = anchor.x1 + T(0.5) * width + delta(0) * width, half_width = half(2) * width;
+    const T y = anchor.y1 + T(0.5) * height + delta(1) * height, half_height = half(3) * height;
+    return {x, y, {x - half_width, y - half_height, x + half_width, y + half_height}};
+  }
 };
 
 // The loss of the logits without gaps in memory, and where to write the gradient, which has no
@@ -102,13 +152,6 @@ struct Loss {
   T gamma;
   const T* grad_scale;
 };
-
-template <typename A, typename B>
-bool same_anchors(const Levels<A>& a, const Levels<B>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
-    return x.anchors == y.anchors;
-  });
-}
 
 // The operator: Kernel::run(loss, matching, max_iou) gives the loss as a scalar in float64, and
 // raises max_iou, zeros, to the highest IoUs.
@@ -147,29 +190,32 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
       at::kHalf, at::kBFloat16, logits[0].scalar_type(), "negative_bag_loss", [&] {
         using T = at::opmath_type<scalar_t>;
         Loss<scalar_t> loss{view_levels<scalar_t>("logits", logits, device)};
-        if (!grads.empty()) {
-          loss.grads = view_levels<scalar_t>("grads", grads, device);
-        }
-        for (size_t l = 0; l < logits.size(); ++l) {
-          TORCH_CHECK(
-              logits[l].is_non_overlapping_and_dense(), "logits must have no gaps in memory");
-          TORCH_CHECK(
-              grads.empty() ||
-                  (grads.size() == logits.size() && grads[l].sizes() == logits[l].sizes() &&
-                   grads[l].strides() == logits[l].strides()),
-              "grads must be of the shape and strides of logits");
-        }
         loss.gamma = gamma;
         loss.grad_scale = grad_scale.const_data_ptr<T>();
         Matching<T> matching{
             view_levels<T>("deltas", computed_deltas, device),
             view_levels<T>("anchors", flat_anchors, device, false), view_boxes<T>(boxes),
             loss.logits.depth};
-        TORCH_CHECK(
-            same_anchors(loss.logits, matching.deltas) && matching.deltas.depth == 4 &&
-                same_anchors(loss.logits, matching.anchors) &&
-                matching.deltas.images == loss.logits.images,
-            "logits, deltas and anchors must be (N, ..., C), (N, ..., 4) and (..., 4)");
+        bool fit = deltas.size() == logits.size() && anchors.size() == logits.size() &&
+                   matching.deltas.depth == 4 && matching.deltas.images == loss.logits.images;
+        for (size_t l = 0; l < logits.size(); ++l) {
+          TORCH_CHECK(
+              logits[l].is_non_overlapping_and_dense(), "logits must have no gaps in memory");
+          const auto count = loss.logits.level[l].anchors;
+          fit = fit && matching.deltas.level[l].anchors == count &&
+                matching.anchors.level[l].anchors == count;
+        }
+        TORCH_CHECK(fit, "logits, deltas and anchors must be (N, ..., C), (N, ..., 4), (..., 4)");
+        if (!grads.empty()) {
+          loss.grads = view_levels<scalar_t>("grads", grads, device);
+          TORCH_CHECK(
+              std::equal(
+                  logits.begin(), logits.end(), grads.begin(), grads.end(),
+                  [](const at::Tensor& x, const at::Tensor& grad) {
+                    return grad.sizes() == x.sizes() && grad.strides() == x.strides();
+                  }),
+              "grads must be of the shape and strides of logits");
+        }
         matching.objects.classes = classes.const_data_ptr<int64_t>();
         matching.objects.images = images.const_data_ptr<int64_t>();
         matching.objects.first = first.const_data_ptr<int64_t>();

@@ -32,6 +32,12 @@ C10_HOST_DEVICE inline bool is_valid(const Box<T>& box) {
          height <= std::numeric_limits<T>::max();
 }
 
+// Whether the boxes have points in common, not only on an edge.
+template <typename T>
+FREEANCHOR_INLINE bool overlap(const Box<T>& a, const Box<T>& b) {
+  return (a.x1 < b.x2) & (b.x1 < a.x2) & (a.y1 < b.y2) & (b.y1 < a.y2); // without a branch
+}
+
 // matching.box_iou: 0 if a coordinate is NaN or an area overflows.
 template <typename T>
 FREEANCHOR_INLINE T box_iou(const Box<T>& a, const Box<T>& b) {
@@ -66,18 +72,5 @@ struct Candidate {
     return distance != other.distance ? distance < other.distance : index < other.index;
   }
 };
-
-// matching.decode_boxes along one axis, for a delta that was divided by its weight: the centre, and
-// half of the size.
-template <typename T>
-C10_HOST_DEVICE inline T decode_centre(T delta, T low, T high) {
-  const T size = high - low;
-  return low + T(0.5) * size + delta * size;
-}
-
-template <typename T>
-C10_HOST_DEVICE inline T decode_half(T delta, T low, T high, T scale_clamp) {
-  return T(0.5) * std::exp(delta > scale_clamp ? scale_clamp : delta) * (high - low);
-}
 
 } // namespace freeanchor

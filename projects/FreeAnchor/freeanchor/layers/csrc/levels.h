@@ -19,7 +19,7 @@ constexpr int kMaxLevels = 10; // four Levels are passed to a kernel of CUDA, in
 
 template <typename scalar_t>
 struct Level {
-  scalar_t* data;
+  scalar_t* data = nullptr;
   int64_t first;     // index of its first anchor among those of all levels
   int64_t stride[5]; // of n, y, x, a and d
   int32_t anchors;   // H * W * A, in 32 bits for fast divisions
@@ -61,19 +61,19 @@ struct Levels {
   }
 
   // The level of an anchor j < R.
-  C10_HOST_DEVICE const Level<scalar_t>& level_of(int64_t j) const {
+  C10_HOST_DEVICE int level_of(int64_t j) const {
     int l = 0;
     while (j - level[l].first >= level[l].anchors) {
       ++l;
     }
-    return level[l];
+    return l;
   }
 
   // The element with an index in [0, size()).
   C10_HOST_DEVICE scalar_t& operator[](int64_t index) const {
     const int64_t row = index / depth, d = index - row * depth;
     const int64_t n = row / anchors, j = row - n * anchors;
-    const Level<scalar_t>& of_anchor = level_of(j);
+    const Level<scalar_t>& of_anchor = level[level_of(j)];
     return of_anchor.at(n, static_cast<int32_t>(j - of_anchor.first))[d * of_anchor.stride[4]];
   }
 };

@@ -19,7 +19,7 @@ namespace {
 // threads.
 constexpr int64_t kChunk = 1 << 15;
 // Elements that are computed and then summed: their values stay in the first level cache.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kSummed = 1024;
 
 // The values and slopes of a block. `square` says that gamma is 2.
 template <bool fma, bool square, typename scalar_t, typename T>
@@ -37,7 +37,7 @@ FREEANCHOR_INLINE void background_loop(
 template <typename scalar_t, typename T>
 double background_block(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T grad_scale) {
   return simd([=](auto fma) FREEANCHOR_INLINE_LAMBDA {
-    alignas(64) T value[kBlock];
+    alignas(64) T value[kSummed];
     gamma == 2 ? background_loop<fma, true>(x, value, slope, n, gamma, grad_scale)
                : background_loop<fma, false>(x, value, slope, n, gamma, grad_scale);
     std::fill(value + n, value + (n + 15) / 16 * 16, T(0));
@@ -51,14 +51,14 @@ double background_block(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, 
   });
 }
 
-// Part of a level. `slope` is null if the gradient is not wanted.
+// Part of a level. `grads` is null if the gradient is not wanted.
 template <typename scalar_t, typename T>
-double background_part(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T grad_scale) {
+double background_part(const scalar_t* x, scalar_t* grads, int64_t n, T gamma, T grad_scale) {
   double sum = 0;
-  scalar_t unwanted[kBlock];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
+  scalar_t unwanted[kSummed];
+  for (int64_t begin = 0; begin < n; begin += kSummed) {
     sum += background_block(
-        x + begin, slope ? slope + begin : unwanted, std::min(kBlock, n - begin), gamma,
+        x + begin, grads ? grads + begin : unwanted, std::min(kSummed, n - begin), gamma,
         grad_scale);
   }
   return sum;
@@ -68,20 +68,20 @@ double background_part(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T
 template <typename scalar_t, typename T>
 double background_sum(const Loss<scalar_t>& loss, T grad_scale) {
   const Levels<scalar_t>& logits = loss.logits;
-  std::vector<int64_t> first_chunk{0}; // of each level, and where the last one ends
+  std::vector<std::pair<int, int64_t>> chunks; // the level, and where it begins there
   for (int l = 0; l < logits.count; ++l) {
-    first_chunk.push_back(first_chunk.back() + (logits.size_of(l) + kChunk - 1) / kChunk);
+    for (int64_t begin = 0; begin < logits.size_of(l); begin += kChunk) {
+      chunks.emplace_back(l, begin);
+    }
   }
-  std::vector<double> sums(first_chunk.back());
-  at::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const auto above = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk);
-      const int l = static_cast<int>(above - first_chunk.begin()) - 1;
-      const int64_t offset = (chunk - first_chunk[l]) * kChunk;
-      sums[chunk] = background_part(
-          logits.level[l].data + offset,
-          loss.grads.count ? loss.grads.level[l].data + offset : nullptr,
-          std::min(kChunk, logits.size_of(l) - offset), loss.gamma, grad_scale);
+  std::vector<double> sums(chunks.size());
+  at::parallel_for(0, sums.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto [l, begin] = chunks[i];
+      scalar_t* grads = loss.grads.level[l].data;
+      sums[i] = background_part(
+          logits.level[l].data + begin, grads ? grads + begin : nullptr,
+          std::min(kChunk, logits.size_of(l) - begin), loss.gamma, grad_scale);
     }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);

@@ -1,79 +1,61 @@
 // matching.take and matching.put_: elements of the levels, and their gradient.
 #include <torch/library.h>
 
+#include <type_traits>
+#include <unordered_map>
+
 #include "../arguments.h"
 
 namespace freeanchor {
 namespace {
 
-// Calls visit(i, element) for each index in order. Most indices follow their predecessor within the
-// numbers of an anchor, which takes no division.
+// Calls visit(i, element) for each index. Most have the anchor of the one before.
 template <typename scalar_t, typename F>
-void for_each(const Levels<scalar_t>& levels, const int64_t* indices, int64_t count, F visit) {
-  scalar_t* element = nullptr;
-  int64_t next = -1, end = -1, step = 0; // of the numbers of the last anchor
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t index = indices[i];
-    if (index == next && index < end) {
-      element += step;
-    } else {
+void for_each(const Levels<scalar_t>& levels, const at::Tensor& index, F visit) {
+  const int64_t* at = index.const_data_ptr<int64_t>();
+  int64_t begin = 0, end = 0, stride = 0; // of the numbers of an anchor
+  scalar_t* numbers = nullptr;
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    if (at[i] < begin || at[i] >= end) {
       TORCH_CHECK_VALUE(
-          0 <= index && index < levels.size(), "index", kOutOfRange, levels.size(), ")");
-      element = &levels[index];
-      step = levels.level_of(index / levels.depth % levels.anchors).stride[4];
-      end = (index / levels.depth + 1) * levels.depth;
+          0 <= at[i] && at[i] < levels.size(), "index", kOutOfRange, levels.size(), ")");
+      const int64_t row = at[i] / levels.depth;
+      begin = row * levels.depth;
+      end = begin + levels.depth;
+      numbers = &levels[begin];
+      stride = levels.level[levels.level_of(row % levels.anchors)].stride[4];
     }
-    next = index + 1;
-    visit(i, *element);
+    visit(i, numbers[(at[i] - begin) * stride]);
   }
 }
 
-at::Tensor take(at::TensorList levels, const at::Tensor& index) {
-  const auto dtype = compute_dtype("levels", levels);
-  const at::Tensor index_c = index.contiguous();
-  at::Tensor result = at::empty(index.sizes(), levels[0].options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "take", [&] {
-    auto* out = result.mutable_data_ptr<at::opmath_type<scalar_t>>();
-    for_each(
-        view_levels<scalar_t>("levels", levels, index.device()), index_c.const_data_ptr<int64_t>(),
-        index_c.numel(), [&](int64_t i, const scalar_t& element) { out[i] = element; });
-  });
-  return result;
-}
+struct Cpu {
+  template <typename scalar_t, typename T>
+  static void take(const Levels<scalar_t>& levels, const at::Tensor& index, T* out) {
+    for_each(levels, index, [&](int64_t i, const scalar_t& x) { out[i] = x; });
+  }
 
-template <typename scalar_t, typename T>
-void add(const Levels<scalar_t>& levels, const at::Tensor& index, const T* source) {
-  const int64_t* indices = index.const_data_ptr<int64_t>();
-  if constexpr (std::is_same_v<scalar_t, T>) {
-    for_each(levels, indices, index.numel(), [&](int64_t i, T& element) { element += source[i]; });
-  } else {
-    // The sources of an element are added before it is rounded, so they must be side by side.
-    const auto [sorted, order] = at::sort(index.reshape(-1), /*stable=*/true, 0, false);
-    const int64_t *first = sorted.template const_data_ptr<int64_t>(),
-                  *from = order.template const_data_ptr<int64_t>();
-    T sum = 0;
-    for_each(levels, first, index.numel(), [&](int64_t i, scalar_t& element) {
-      sum = (i > 0 && first[i - 1] == first[i] ? sum : static_cast<T>(element)) + source[from[i]];
-      element = static_cast<scalar_t>(sum);
+  template <typename scalar_t, typename T>
+  static void put(const Levels<scalar_t>& levels, const at::Tensor& index, const T* source) {
+    std::unordered_map<scalar_t*, T> sums; // of half precision, to be rounded once
+    for_each(levels, index, [&](int64_t i, scalar_t& x) {
+      if constexpr (std::is_same_v<scalar_t, T>) {
+        x += source[i];
+      } else {
+        sums.try_emplace(&x, x).first->second += source[i];
+      }
     });
+    for (const auto& [x, sum] : sums) {
+      *x = static_cast<scalar_t>(sum);
+    }
   }
-}
-
-void put_(at::TensorList levels, const at::Tensor& index, const at::Tensor& source) {
-  compute_dtype("levels", levels);
-  TORCH_CHECK(index.numel() == source.numel(), "source must have as many elements as index");
-  const at::Tensor index_c = index.contiguous(), source_c = source.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "put_", [&] {
-    add(view_levels<scalar_t>("levels", levels, index.device()), index_c,
-        source_c.const_data_ptr<at::opmath_type<scalar_t>>());
-  });
-}
+};
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(freeanchor, CPU, m) {
-  m.impl("take", take);
-  m.impl("put_", put_);
+  m.impl("take", take<Cpu>);
+  m.impl("put_", put_<Cpu>);
 }
 
 } // namespace freeanchor

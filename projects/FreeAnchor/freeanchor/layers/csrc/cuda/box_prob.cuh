@@ -26,19 +26,7 @@ struct Place {
 
   // The predicted box; one that matches nothing if there is none.
   __device__ Box<T> box(const Matching<T>& matching) const {
-    if (anchor >= matching.deltas.anchors) {
-      return {};
-    }
-    const Level<T>& level = matching.deltas.level_of(anchor);
-    const auto in_level = static_cast<int32_t>(anchor - level.first);
-    const T* raw = level.at(image, in_level);
-    const Box<T> a = matching.anchors.level[&level - matching.deltas.level].boxes()[in_level];
-    const auto delta = [&](int d) { return raw[d * level.stride[4]] / matching.weights[d]; };
-    const T x = decode_centre(delta(0), a.x1, a.x2);
-    const T y = decode_centre(delta(1), a.y1, a.y2);
-    const T half_width = decode_half(delta(2), a.x1, a.x2, matching.scale_clamp);
-    const T half_height = decode_half(delta(3), a.y1, a.y2, matching.scale_clamp);
-    return {x - half_width, y - half_height, x + half_width, y + half_height};
+    return anchor < matching.deltas.anchors ? matching.predict(image, anchor).box : Box<T>{};
   }
 };
 
@@ -59,7 +47,7 @@ for_each_match(const Matching<T>& matching, int64_t image, const Box<T>& box, F 
     for (int i = 0; i < count; ++i) {
       const Box<T> object = boxes[i];
       // Few overlap at all, and only those need a division.
-      if (object.x1 < box.x2 && box.x1 < object.x2 && object.y1 < box.y2 && box.y1 < object.y2) {
+      if (overlap(object, box)) {
         const T iou = box_iou(object, box);
         if (iou > matching.threshold) {
           visit(first + i, iou);

@@ -49,26 +49,17 @@ __device__ bool in_order(T low, T high, T next_low, T next_high) {
   return double(low) + high <= double(next_low) + next_high; // twice the centres
 }
 
-// An anchor of a grid, whose x are those of the first row and y those of the first column.
+// Anchor i of a grid: x is that of the row above, y that of the column to the left, and the centres
+// of both move on.
 template <typename T>
 __device__ bool fits_grid(const Level<T>& grid, int32_t i) {
-  const Box<T>* anchors = grid.boxes();
-  const int32_t row_size = grid.width * grid.per_cell, row = i / row_size;
-  const int32_t in_row = i - row * row_size, a = in_row % grid.per_cell;
-  const Box<T> box = anchors[i], x = anchors[in_row], y = anchors[row * row_size + a];
-  bool valid = true;
-  if (row == 0) {
-    const Box<T> left = anchors[in_row < grid.per_cell ? in_row : in_row - grid.per_cell];
-    valid &= is_valid(Box<T>{box.x1, 0, box.x2, 0}) && in_order(left.x1, left.x2, box.x1, box.x2);
-  }
-  if (in_row < grid.per_cell) {
-    const Box<T> above = anchors[row == 0 ? i : i - row_size];
-    valid &= is_valid(Box<T>{0, box.y1, 0, box.y2}) && in_order(above.y1, above.y2, box.y1, box.y2);
-  }
-  if (i >= grid.anchors - grid.per_cell) {
-    valid &= box.x1 == x.x1 && box.x2 == x.x2 && box.y1 == y.y1 && box.y2 == y.y2;
-  }
-  return valid;
+  const int32_t row_size = grid.width * grid.per_cell;
+  const Box<T> box = grid.boxes()[i];
+  const Box<T> above = grid.boxes()[i < row_size ? i : i - row_size];
+  const Box<T> left = grid.boxes()[i % row_size < grid.per_cell ? i : i - grid.per_cell];
+  return is_valid(box) && above.x1 == box.x1 && above.x2 == box.x2 && left.y1 == box.y1 &&
+         left.y2 == box.y2 && in_order(above.y1, above.y2, box.y1, box.y2) &&
+         in_order(left.x1, left.x2, box.x1, box.x2);
 }
 
 // A thread per object or anchor.
@@ -78,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(
     int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < anchors.anchors) {
-    const Level<T>& level = anchors.level_of(i);
+    const Level<T>& level = anchors.level[anchors.level_of(i)];
     const auto in_level = static_cast<int32_t>(i - level.first);
     if (!(level.grid ? fits_grid(level, in_level) : is_valid(level.boxes()[in_level]))) {
       report(note, level.grid ? kGrid : kAnchors);
@@ -100,11 +91,9 @@ __global__ void __launch_bounds__(kThreads) check_kernel(
 template <typename T>
 void check_values(
     const Objects<T>& objects, const Levels<T>& anchors, int64_t num_classes, int64_t num_images) {
-  if (const int64_t items = std::max(objects.count, anchors.anchors)) {
-    check_kernel<T><<<num_blocks(items), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        objects, anchors, num_classes, num_images, error_note());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  const int64_t items = std::max(objects.count, anchors.anchors);
+  launch(
+      check_kernel<T>, num_blocks(items), objects, anchors, num_classes, num_images, error_note());
 }
 
 } // namespace freeanchor

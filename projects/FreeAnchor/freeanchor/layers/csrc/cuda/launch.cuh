@@ -1,4 +1,4 @@
-// What every launch needs: the headers, the size of a block and the number of blocks.
+// What every kernel needs: the headers, the size of a block, and its launch.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,11 +10,20 @@
 namespace freeanchor {
 
 constexpr int kThreads = 256;
-constexpr unsigned kAllLanes = 0xffffffff; // of a warp
 
 // Blocks that have a thread for each item.
-inline unsigned num_blocks(int64_t items) {
-  return static_cast<unsigned>((items + kThreads - 1) / kThreads);
+inline int64_t num_blocks(int64_t items) {
+  return (items + kThreads - 1) / kThreads;
+}
+
+// Does nothing for no blocks, which CUDA refuses.
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, int64_t blocks, const Arguments&... arguments) {
+  if (blocks > 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 }
 
 } // namespace freeanchor

@@ -12,20 +12,15 @@ namespace {
 
 // The sum over the threads of the block, in thread 0.
 __device__ double block_sum(double sum) {
-  __shared__ double sums[32];
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    sum += __shfl_down_sync(kAllLanes, sum, lanes);
-  }
-  if (threadIdx.x % 32 == 0) {
-    sums[threadIdx.x / 32] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < blockDim.x / 32; ++warp) {
-      sum += sums[warp];
+  __shared__ double sums[kThreads];
+  sums[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      sums[threadIdx.x] += sums[threadIdx.x + half];
     }
   }
-  return sum;
+  return sums[threadIdx.x];
 }
 
 // What is loaded and stored at a time: 16 bytes.
@@ -107,9 +102,7 @@ struct Cuda {
   template <typename scalar_t, typename T>
   static at::Tensor
   run(const Loss<scalar_t>& loss, const Matching<T>& matching, const at::Tensor& max_iou) {
-    raise_errors();
     const c10::cuda::CUDAGuard guard(max_iou.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
     check_values(matching.objects, matching.anchors, matching.num_classes, matching.deltas.images);
     const Levels<scalar_t>& logits = loss.logits;
     const auto chunks = [&](int l) {
@@ -124,24 +117,16 @@ struct Cuda {
     const at::Tensor sums = at::empty({blocks}, max_iou.options().dtype(at::kDouble));
     double* sum = sums.mutable_data_ptr<double>();
     for (int l = 0; l < logits.count; ++l) {
-      if (chunks(l) > 0) {
-        dense_kernel<scalar_t, T><<<chunks(l), kThreads, 0, stream>>>(
-            logits.level[l].data, loss.grads.count > 0 ? loss.grads.level[l].data : nullptr,
-            logits.size_of(l), loss.gamma, loss.grad_scale, sum);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
-        sum += chunks(l);
-      }
+      launch(
+          dense_kernel<scalar_t, T>, chunks(l), logits.level[l].data, loss.grads.level[l].data,
+          logits.size_of(l), loss.gamma, loss.grad_scale, sum);
+      sum += chunks(l);
     }
-    if (matching_blocks > 0) {
-      const at::Tensor any = at::empty({matching_blocks}, max_iou.options().dtype(at::kInt));
-      T* highest = max_iou.mutable_data_ptr<T>();
-      highest_kernel<<<matching_blocks, kThreads, 0, stream>>>(
-          matching, highest, any.mutable_data_ptr<int>());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-      cell_kernel<<<matching_blocks, kThreads, 0, stream>>>(
-          loss, matching, highest, any.const_data_ptr<int>(), sum);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
+    const at::Tensor any = at::empty({matching_blocks}, max_iou.options().dtype(at::kInt));
+    T* highest = max_iou.mutable_data_ptr<T>();
+    int* any_match = any.mutable_data_ptr<int>();
+    launch(highest_kernel<T>, matching_blocks, matching, highest, any_match);
+    launch(cell_kernel<scalar_t, T>, matching_blocks, loss, matching, highest, any_match, sum);
     raise_errors();
     return sums.sum();
   }

@@ -41,57 +41,34 @@ __global__ void __launch_bounds__(kThreads) add_kernel(
   element = static_cast<scalar_t>(sum);
 }
 
-at::Tensor take(at::TensorList levels, const at::Tensor& index) {
-  raise_errors();
-  const auto dtype = compute_dtype("levels", levels);
-  const c10::cuda::CUDAGuard guard(index.device());
-  const at::Tensor index_c = index.contiguous();
-  at::Tensor result = at::empty(index.sizes(), index.options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "take", [&] {
-    using compute_t = at::opmath_type<scalar_t>;
-    const auto elements = view_levels<scalar_t>("levels", levels, index.device());
-    if (index.numel() > 0) {
-      take_kernel<scalar_t, compute_t>
-          <<<num_blocks(index.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-              elements, index_c.const_data_ptr<int64_t>(), index.numel(),
-              result.mutable_data_ptr<compute_t>(), error_note());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-  });
-  raise_errors();
-  return result;
-}
+struct Cuda {
+  template <typename scalar_t, typename T>
+  static void take(const Levels<scalar_t>& levels, const at::Tensor& index, T* out) {
+    const c10::cuda::CUDAGuard guard(index.device());
+    launch(
+        take_kernel<scalar_t, T>, num_blocks(index.numel()), levels,
+        index.const_data_ptr<int64_t>(), index.numel(), out, error_note());
+    raise_errors();
+  }
 
-void put_(at::TensorList levels, const at::Tensor& index, const at::Tensor& source) {
-  raise_errors();
-  compute_dtype("levels", levels);
-  const c10::cuda::CUDAGuard guard(index.device());
-  TORCH_CHECK(
-      index.numel() == source.numel() && index.device() == source.device(),
-      "source must have as many elements as index, and be on its device");
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, levels[0].scalar_type(), "put_", [&] {
-    using compute_t = at::opmath_type<scalar_t>;
-    const auto elements = view_levels<scalar_t>("levels", levels, index.device());
-    if (index.numel() > 0) {
-      const auto [sorted, order] =
-          at::sort(index.reshape(-1), /*stable=*/true, /*dim=*/0, /*descending=*/false);
-      const at::Tensor source_c = source.contiguous();
-      add_kernel<scalar_t, compute_t>
-          <<<num_blocks(index.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-              elements, sorted.template const_data_ptr<int64_t>(),
-              order.template const_data_ptr<int64_t>(), index.numel(),
-              source_c.const_data_ptr<compute_t>(), error_note());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-  });
-  raise_errors();
-}
+  template <typename scalar_t, typename T>
+  static void put(const Levels<scalar_t>& levels, const at::Tensor& index, const T* source) {
+    const c10::cuda::CUDAGuard guard(index.device());
+    const auto [sorted, order] =
+        at::sort(index.reshape(-1), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    launch(
+        add_kernel<scalar_t, T>, num_blocks(index.numel()), levels,
+        sorted.template const_data_ptr<int64_t>(), order.template const_data_ptr<int64_t>(),
+        index.numel(), source, error_note());
+    raise_errors();
+  }
+};
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(freeanchor, CUDA, m) {
-  m.impl("take", take);
-  m.impl("put_", put_);
+  m.impl("take", take<Cuda>);
+  m.impl("put_", put_<Cuda>);
 }
 
 } // namespace freeanchor
