@@ -15,13 +15,23 @@
 
 namespace freeanchor {
 
-inline constexpr char kBadBoxes[] = " must have finite coordinates with x1 <= x2 and y1 <= y2";
-inline constexpr char kBadGrid[] =
-    "anchors of the form (H, W, A, 4) must be grids: finite coordinates with x1 <= x2 and "
-    "y1 <= y2, x that depends on the column only and y on the row only, and centres that move to "
-    "the right and down";
-inline constexpr char kOutOfRange[] = " must be in [0, ";
-inline constexpr char kNeverDecrease[] = " and never decrease";
+// What may be wrong with values, and the sentences of matching.py. `bound` is what they must be
+// below.
+enum Error : int64_t { kNone, kGtBoxes, kAnchors, kGrid, kClasses, kImages, kIndex };
+
+inline void raise(int64_t error, int64_t bound = 0) {
+  constexpr char kBoxes[] = " must have finite coordinates with x1 <= x2 and y1 <= y2";
+  TORCH_CHECK_VALUE(error != kGtBoxes, "gt_boxes", kBoxes);
+  TORCH_CHECK_VALUE(error != kAnchors, "anchors", kBoxes);
+  TORCH_CHECK_VALUE(
+      error != kGrid,
+      "anchors of the form (H, W, A, 4) must be grids: finite coordinates with x1 <= x2 and "
+      "y1 <= y2, x that depends on the column only and y on the row only, and centres that move to "
+      "the right and down");
+  TORCH_CHECK_VALUE(error != kClasses, "gt_classes must be in [0, ", bound, ")");
+  TORCH_CHECK_VALUE(error != kImages, "gt_images must be in [0, ", bound, ") and never decrease");
+  TORCH_CHECK_VALUE(error != kIndex, "index must be in [0, ", bound, ")");
+}
 
 // The M objects of a batch, those of the first image first.
 template <typename T>
@@ -30,19 +40,32 @@ struct Objects {
   int64_t count;
   const int64_t *classes, *images; // null if there are but boxes
   const int64_t* first;            // the first object of each image, and their number
+  int64_t num_classes, num_images;
 
-  C10_HOST_DEVICE bool class_is_valid(int64_t i, int64_t num_classes) const {
+  C10_HOST_DEVICE bool class_is_valid(int64_t i) const {
     return 0 <= classes[i] && classes[i] < num_classes;
   }
-  C10_HOST_DEVICE bool image_is_valid(int64_t i, int64_t num_images) const {
-    return (i > 0 ? images[i - 1] : 0) <= images[i] && images[i] < num_images;
+
+  // What is wrong with object i, if anything.
+  C10_HOST_DEVICE Error error(int64_t i) const {
+    if (!is_valid(boxes[i])) {
+      return kGtBoxes;
+    }
+    if (!classes) {
+      return kNone;
+    }
+    const bool in_order = (i > 0 ? images[i - 1] : 0) <= images[i];
+    return !class_is_valid(i) ? kClasses : in_order && images[i] < num_images ? kNone : kImages;
+  }
+  C10_HOST_DEVICE int64_t bound(Error error) const {
+    return error == kClasses ? num_classes : num_images;
   }
 };
 
 // The boxes of a (M, 4) tensor without gaps in memory.
 template <typename T>
-Objects<T> view_boxes(const at::Tensor& boxes) {
-  return {reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>()), boxes.size(0)};
+const Box<T>* view_boxes(const at::Tensor& boxes) {
+  return reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
 }
 
 inline void check_gt_boxes(const at::Tensor& gt_boxes) {
@@ -73,7 +96,7 @@ at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t 
     TORCH_CHECK(levels.depth == 4, "anchors must be (R, 4) or (H, W, A, 4)");
     bags =
         at::empty({boxes.size(0), std::min(k, levels.anchors)}, boxes.options().dtype(at::kLong));
-    Kernel::search(levels, view_boxes<scalar_t>(boxes), bags);
+    Kernel::search(levels, Objects<scalar_t>{view_boxes<scalar_t>(boxes), boxes.size(0)}, bags);
   });
   return bags;
 }
@@ -105,10 +128,18 @@ void put_(at::TensorList levels, const at::Tensor& index, const at::Tensor& sour
   });
 }
 
-// Whether boxes that the CPU can read are valid.
+// Checks what the CPU can read, but for grids.
 template <typename T>
-void check_boxes(const char* name, const Box<T>* boxes, int64_t count) {
-  TORCH_CHECK_VALUE(std::all_of(boxes, boxes + count, is_valid<T>), name, kBadBoxes);
+void check_on_host(const Objects<T>& objects, const Levels<T>& anchors) {
+  for (int64_t i = 0; i < objects.count; ++i) {
+    const Error error = objects.error(i);
+    raise(error, objects.bound(error));
+  }
+  for (const Level<T>& level : anchors) {
+    const bool valid =
+        level.grid || std::all_of(level.boxes(), level.boxes() + level.anchors, is_valid<T>);
+    raise(valid ? kNone : kAnchors);
+  }
 }
 
 // The box that an anchor predicts, and its centre.
@@ -123,7 +154,6 @@ template <typename T>
 struct Matching {
   Levels<T> deltas, anchors; // anchors without gaps in memory
   Objects<T> objects;
-  int64_t num_classes;
   T weights[4], scale_clamp, threshold;
 
   // matching.decode_boxes for anchor j of image n. Inlined, so that what is not used costs nothing.
@@ -194,8 +224,10 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
         loss.grad_scale = grad_scale.const_data_ptr<T>();
         Matching<T> matching{
             view_levels<T>("deltas", computed_deltas, device),
-            view_levels<T>("anchors", flat_anchors, device, false), view_boxes<T>(boxes),
-            loss.logits.depth};
+            view_levels<T>("anchors", flat_anchors, device, false),
+            {view_boxes<T>(boxes), boxes.size(0), classes.const_data_ptr<int64_t>(),
+             images.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>(), loss.logits.depth,
+             loss.logits.images}};
         bool fit = deltas.size() == logits.size() && anchors.size() == logits.size() &&
                    matching.deltas.depth == 4 && matching.deltas.images == loss.logits.images;
         for (size_t l = 0; l < logits.size(); ++l) {
@@ -216,9 +248,6 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
                   }),
               "grads must be of the shape and strides of logits");
         }
-        matching.objects.classes = classes.const_data_ptr<int64_t>();
-        matching.objects.images = images.const_data_ptr<int64_t>();
-        matching.objects.first = first.const_data_ptr<int64_t>();
         std::copy_n(coding.begin(), 4, matching.weights);
         matching.scale_clamp = coding[4];
         matching.threshold = threshold;

@@ -126,7 +126,7 @@ std::vector<Cell<T>> box_prob(const Matching<T>& matching, T* highest) {
       const int64_t row = task.image * deltas.anchors + match.anchor;
       const T ramp = highest[match.object] - matching.threshold;
       cells.push_back(
-          {row * matching.num_classes + objects.classes[match.object],
+          {row * objects.num_classes + objects.classes[match.object],
            (match.iou - matching.threshold) / ramp});
     }
   }

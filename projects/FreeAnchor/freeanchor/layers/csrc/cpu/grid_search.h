@@ -30,7 +30,7 @@ struct Axis {
       min_size = std::min(min_size, size);
       max_size = std::max(max_size, size);
     }
-    TORCH_CHECK_VALUE(valid && max_size <= std::numeric_limits<T>::max(), kBadGrid);
+    raise(valid && max_size <= std::numeric_limits<T>::max() ? kNone : kGrid);
     const double range = centre(count - 1) - centre(0);
     per_step = range > 0 ? (count - 1) / range : 0;
   }
@@ -95,10 +95,9 @@ std::vector<Shape<T>> load_shapes(const Levels<T>& levels) {
       Axis<T> x(corners, level.stride[2], level.width);
       Axis<T> y(corners + 1, level.stride[1], level.height);
       const Box<T>& last = level.boxes()[level.anchors - level.per_cell + a];
-      TORCH_CHECK_VALUE(
-          last.x1 == x.low.back() && last.x2 == x.high.back() && last.y1 == y.low.back() &&
-              last.y2 == y.high.back(),
-          kBadGrid);
+      const bool valid = last.x1 == x.low.back() && last.x2 == x.high.back() &&
+                         last.y1 == y.low.back() && last.y2 == y.high.back();
+      raise(valid ? kNone : kGrid);
       shapes.push_back({std::move(x), std::move(y), level.first + a, level.per_cell});
     }
   }

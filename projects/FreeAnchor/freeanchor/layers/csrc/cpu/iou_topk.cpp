@@ -53,7 +53,7 @@ void search_one(
   if (best.size() < k) {
     // Anchors that do not overlap the object fill its bag, the nearest first.
     search_all(levels, box, T(0), best);
-    TORCH_CHECK(best.size() >= k, kBadGrid); // its inner coordinates, which are not checked
+    raise(best.size() >= k ? kNone : kGrid); // its inner coordinates, which are not checked
   }
   best.write(bag);
 }
@@ -61,16 +61,9 @@ void search_one(
 struct Cpu {
   template <typename T>
   static void search(const Levels<T>& levels, const Objects<T>& objects, at::Tensor& bags) {
-    check_boxes("gt_boxes", objects.boxes, objects.count);
-    bool grids = true;
-    for (const Level<T>& level : levels) {
-      if (!level.grid) {
-        check_boxes("anchors", level.boxes(), level.anchors);
-        grids = false;
-      }
-    }
+    check_on_host(objects, levels);
     auto shapes = load_shapes(levels);
-    if (!grids) {
+    if (!std::all_of(levels.begin(), levels.end(), [](const Level<T>& x) { return x.grid; })) {
       shapes.clear();
     }
     const int64_t k = bags.size(1);

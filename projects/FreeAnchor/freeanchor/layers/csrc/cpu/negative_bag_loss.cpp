@@ -103,27 +103,11 @@ double correct_cells(const Loss<scalar_t>& loss, const std::vector<Cell<T>>& cel
   return difference;
 }
 
-template <typename T>
-void check_values(const Matching<T>& matching) {
-  const Objects<T>& objects = matching.objects;
-  check_boxes("gt_boxes", objects.boxes, objects.count);
-  bool classes = true, images = true;
-  for (int64_t i = 0; i < objects.count; ++i) {
-    classes &= objects.class_is_valid(i, matching.num_classes);
-    images &= objects.image_is_valid(i, matching.deltas.images);
-  }
-  TORCH_CHECK_VALUE(classes, "gt_classes", kOutOfRange, matching.num_classes, ")");
-  TORCH_CHECK_VALUE(images, "gt_images", kOutOfRange, matching.deltas.images, ")", kNeverDecrease);
-  for (const Level<T>& level : matching.anchors) {
-    check_boxes("anchors", level.boxes(), level.anchors);
-  }
-}
-
 struct Cpu {
   template <typename scalar_t, typename T>
   static at::Tensor
   run(const Loss<scalar_t>& loss, const Matching<T>& matching, const at::Tensor& max_iou) {
-    check_values(matching);
+    check_on_host(matching.objects, matching.anchors);
     const auto cells = box_prob(matching, max_iou.mutable_data_ptr<T>());
     const T grad_scale = *loss.grad_scale;
     const double sum = background_sum(loss, grad_scale);

@@ -17,8 +17,7 @@ void for_each(const Levels<scalar_t>& levels, const at::Tensor& index, F visit) 
   scalar_t* numbers = nullptr;
   for (int64_t i = 0; i < index.numel(); ++i) {
     if (at[i] < begin || at[i] >= end) {
-      TORCH_CHECK_VALUE(
-          0 <= at[i] && at[i] < levels.size(), "index", kOutOfRange, levels.size(), ")");
+      raise(0 <= at[i] && at[i] < levels.size() ? kNone : kIndex, levels.size());
       const int64_t row = at[i] / levels.depth;
       begin = row * levels.depth;
       end = begin + levels.depth;

@@ -5,7 +5,7 @@
 // host would have to wait.
 #pragma once
 
-#include "errors.cuh"
+#include "kernel.cuh"
 
 namespace freeanchor {
 
@@ -94,7 +94,7 @@ __device__ void for_each_cell(const Matching<T>& matching, const T* highest, F v
     return (iou - matching.threshold) / (highest[object] - matching.threshold);
   };
   for_each_match(matching, place.image, box, [&](int64_t object, T iou) {
-    if (!objects.class_is_valid(object, matching.num_classes)) {
+    if (!objects.class_is_valid(object)) {
       return; // an error
     }
     // Objects of the same class share a cell: the one with the highest P, or the first of them.
@@ -109,7 +109,7 @@ __device__ void for_each_cell(const Matching<T>& matching, const T* highest, F v
         }
       }
     }
-    visit((place.image * matching.deltas.anchors + place.anchor) * matching.num_classes + cls, p);
+    visit((place.image * matching.deltas.anchors + place.anchor) * objects.num_classes + cls, p);
   });
 }
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "errors.cuh"
+#include "kernel.cuh"
 
 namespace freeanchor {
 namespace {
@@ -213,7 +213,7 @@ struct Cuda {
   template <typename T>
   static void search(const Levels<T>& levels, const Objects<T>& gt, at::Tensor& bags) {
     const c10::cuda::CUDAGuard guard(bags.device());
-    check_values(gt, levels, 0, 0);
+    check_on_device(gt, levels);
     if (bags.numel() > 0) {
       fill_bags(levels, gt, bags);
     }

@@ -103,7 +103,7 @@ struct Cuda {
   static at::Tensor
   run(const Loss<scalar_t>& loss, const Matching<T>& matching, const at::Tensor& max_iou) {
     const c10::cuda::CUDAGuard guard(max_iou.device());
-    check_values(matching.objects, matching.anchors, matching.num_classes, matching.deltas.images);
+    check_on_device(matching.objects, matching.anchors);
     const Levels<scalar_t>& logits = loss.logits;
     const auto chunks = [&](int l) {
       return (logits.size_of(l) + kChunk<scalar_t> - 1) / kChunk<scalar_t>;

@@ -1,7 +1,7 @@
 // matching.take and matching.put_: elements of the levels, and their gradient.
 #include <torch/library.h>
 
-#include "errors.cuh"
+#include "kernel.cuh"
 
 namespace freeanchor {
 namespace {

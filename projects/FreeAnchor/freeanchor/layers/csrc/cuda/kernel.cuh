@@ -1,16 +1,36 @@
-// Bad values, which only the device sees: kernels leave a note where the host looks without
-// waiting.
+// What every kernel needs: a launch, and bad values, which only the device sees: kernels leave a
+// note where the host looks without waiting.
 //
 // The error is raised by the operator that finds the note, at once or with the next call. Kernels
 // skip what is bad, so until then nothing is read out of bounds, and the context stays alive.
 #pragma once
 
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+
 #include "../arguments.h"
-#include "launch.cuh"
 
 namespace freeanchor {
 
-enum Error : int64_t { kGtBoxes = 1, kAnchors, kGrid, kClasses, kImages, kIndex };
+constexpr int kThreads = 256;
+
+// Blocks that have a thread for each item.
+inline int64_t num_blocks(int64_t items) {
+  return (items + kThreads - 1) / kThreads;
+}
+
+// Does nothing for no blocks, which CUDA refuses.
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, int64_t blocks, const Arguments&... arguments) {
+  if (blocks > 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
 constexpr int kErrorBits = 3; // the bits above them hold what the value must be below
 
 // In memory of the host that all devices can write.
@@ -35,18 +55,7 @@ inline void raise_errors() {
   auto* note = static_cast<volatile int64_t*>(error_note());
   const int64_t found = *note, bound = found >> kErrorBits;
   *note = 0;
-  const int64_t error = found - (bound << kErrorBits);
-  TORCH_CHECK_VALUE(error != kGtBoxes, "gt_boxes", kBadBoxes);
-  TORCH_CHECK_VALUE(error != kAnchors, "anchors", kBadBoxes);
-  TORCH_CHECK_VALUE(error != kGrid, kBadGrid);
-  TORCH_CHECK_VALUE(error != kClasses, "gt_classes", kOutOfRange, bound, ")");
-  TORCH_CHECK_VALUE(error != kImages, "gt_images", kOutOfRange, bound, ")", kNeverDecrease);
-  TORCH_CHECK_VALUE(error != kIndex, "index", kOutOfRange, bound, ")");
-}
-
-template <typename T>
-__device__ bool in_order(T low, T high, T next_low, T next_high) {
-  return double(low) + high <= double(next_low) + next_high; // twice the centres
+  raise(found - (bound << kErrorBits), bound);
 }
 
 // Anchor i of a grid: x is that of the row above, y that of the column to the left, and the centres
@@ -58,15 +67,14 @@ __device__ bool fits_grid(const Level<T>& grid, int32_t i) {
   const Box<T> above = grid.boxes()[i < row_size ? i : i - row_size];
   const Box<T> left = grid.boxes()[i % row_size < grid.per_cell ? i : i - grid.per_cell];
   return is_valid(box) && above.x1 == box.x1 && above.x2 == box.x2 && left.y1 == box.y1 &&
-         left.y2 == box.y2 && in_order(above.y1, above.y2, box.y1, box.y2) &&
-         in_order(left.x1, left.x2, box.x1, box.x2);
+         left.y2 == box.y2 && double(above.y1) + above.y2 <= double(box.y1) + box.y2 &&
+         double(left.x1) + left.x2 <= double(box.x1) + box.x2;
 }
 
 // A thread per object or anchor.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) check_kernel(
-    const Objects<T> objects, const Levels<T> anchors, int64_t num_classes, int64_t num_images,
-    int64_t* note) {
+__global__ void __launch_bounds__(kThreads)
+    check_kernel(const Objects<T> objects, const Levels<T> anchors, int64_t* note) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < anchors.anchors) {
     const Level<T>& level = anchors.level[anchors.level_of(i)];
@@ -75,25 +83,16 @@ __global__ void __launch_bounds__(kThreads) check_kernel(
       report(note, level.grid ? kGrid : kAnchors);
     }
   }
-  if (i < objects.count) {
-    if (!is_valid(objects.boxes[i])) {
-      report(note, kGtBoxes);
-    }
-    if (objects.classes && !objects.class_is_valid(i, num_classes)) {
-      report(note, kClasses, num_classes);
-    }
-    if (objects.images && !objects.image_is_valid(i, num_images)) {
-      report(note, kImages, num_images);
-    }
+  const Error error = i < objects.count ? objects.error(i) : kNone;
+  if (error != kNone) {
+    report(note, error, objects.bound(error));
   }
 }
 
 template <typename T>
-void check_values(
-    const Objects<T>& objects, const Levels<T>& anchors, int64_t num_classes, int64_t num_images) {
+void check_on_device(const Objects<T>& objects, const Levels<T>& anchors) {
   const int64_t items = std::max(objects.count, anchors.anchors);
-  launch(
-      check_kernel<T>, num_blocks(items), objects, anchors, num_classes, num_images, error_note());
+  launch(check_kernel<T>, num_blocks(items), objects, anchors, error_note());
 }
 
 } // namespace freeanchor
