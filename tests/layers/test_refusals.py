@@ -7,7 +7,7 @@ import pytest
 import torch
 from freeanchor.layers import ops
 from freeanchor.layers.matching import BoxCoding, Objects
-from layer_inputs import CODING, DEVICES, fuzzes_the_kernels, grid_anchors, needs_cuda, to
+from layer_inputs import CODING, DEVICES, EMULATED, fuzzes_the_kernels, grid_anchors, needs_cuda, to
 
 BOXES = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 5.0, 8.0]])
 GRID = BOXES.view(1, 2, 1, 4)
@@ -110,6 +110,17 @@ def test_grids_that_are_none_are_refused(grid, device):
     for levels in ([grid], [grid_anchors()[0], grid], [BOXES, grid]):
         with refused("^anchors of the form .* must be grids: ", device):
             ops.iou_topk(to(device, levels), BOXES.to(device), 3)
+
+
+@fuzzes_the_kernels
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [math.nan, 3.0])
+def test_inner_anchors_of_a_grid(value, device):
+    """The search on CUDA reads all anchors, so it refuses any that is not where its grid has it."""
+    grid = with_value(grid_anchors()[0], (1, 1, 0, 0), value)
+    reads_all = EMULATED or device.startswith("cuda")
+    with refused("^anchors of the form", device) if reads_all else contextlib.nullcontext():
+        ops.iou_topk(to(device, [grid]), BOXES.to(device), 3)
 
 
 def negative_bag_loss(device="cpu", **changes):

@@ -94,7 +94,8 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     """:func:`freeanchor.layers.matching.iou_topk`, checked and fast.
 
     The memory that it needs does not depend on the number of anchors. Where all levels are grids,
-    the kernels read no anchors but those of the first row and column of each.
+    the kernels of the CPU read no anchors but those of the first row and column of each and the
+    last ones; those of CUDA read all, and refuse a grid for any of them.
 
     Raises:
         ValueError: a wrong shape, dtype or device, boxes that are not finite or inverted, or k < 1.

@@ -12,17 +12,16 @@ namespace freeanchor {
 template <typename T>
 class Best {
  public:
-  explicit Best(int64_t k) : k_(k) {
+  explicit Best(int64_t k) : k_(k), candidates_(4 * k + 64), ious_(candidates_.size()) {
   }
 
   void clear() {
-    candidates_.clear();
-    candidates_.reserve(4 * k_ + 64);
-    bound_ = 0;
+    size_ = 0;
+    bound_ = highest_ = 0;
   }
 
   int64_t size() const {
-    return candidates_.size();
+    return size_;
   }
 
   // Below this IoU an anchor is not among the best.
@@ -32,11 +31,11 @@ class Best {
 
   __attribute__((always_inline)) void offer(const Candidate<T>& candidate) {
     if (candidate.iou >= bound_ && candidate.distance >= 0) { // NaN cannot be ordered
-      candidates_.push_back(candidate);
-      if (size() == 4 * k_ + 64) {
-        std::nth_element(candidates_.begin(), candidates_.begin() + (k_ - 1), candidates_.end());
-        candidates_.resize(k_);
-        bound_ = candidates_.back().iou;
+      candidates_[size_] = candidate;
+      ious_[size_] = candidate.iou;
+      highest_ = std::max(highest_, candidate.iou);
+      if (++size_ == static_cast<int64_t>(candidates_.size())) {
+        shrink();
       }
     }
   }
@@ -44,12 +43,15 @@ class Best {
   // Raises the bound towards the k-th best IoU, by bisection: passes without branches are faster
   // than finding it exactly.
   void raise_bound() {
-    T high = 1;
-    for (int step = 0; step < 7 && size() >= k_; ++step) {
+    if (size_ < k_) {
+      return;
+    }
+    T high = highest_;
+    for (int step = 0; step < 6; ++step) {
       const T middle = (bound_ + high) / 2;
       int32_t above = 0;
-      for (const Candidate<T>& candidate : candidates_) {
-        above += candidate.iou >= middle;
+      for (int64_t i = 0; i < size_; ++i) {
+        above += ious_[i] >= middle;
       }
       (above >= k_ ? bound_ : high) = middle;
     }
@@ -59,7 +61,7 @@ class Best {
   void write(int64_t* out) {
     raise_bound();
     const auto end = std::remove_if(
-        candidates_.begin(), candidates_.end(),
+        candidates_.begin(), candidates_.begin() + size_,
         [this](const Candidate<T>& candidate) { return candidate.iou < bound_; });
     std::sort(candidates_.begin(), end);
     for (int64_t i = 0; i < k_; ++i) {
@@ -68,9 +70,20 @@ class Best {
   }
 
  private:
-  int64_t k_;
-  T bound_ = 0;
+  void shrink() {
+    const auto begin = candidates_.begin();
+    std::nth_element(begin, begin + (k_ - 1), begin + size_);
+    size_ = k_;
+    bound_ = candidates_[k_ - 1].iou;
+    for (int64_t i = 0; i < k_; ++i) {
+      ious_[i] = candidates_[i].iou;
+    }
+  }
+
+  int64_t k_, size_ = 0;
+  T bound_ = 0, highest_ = 0;
   std::vector<Candidate<T>> candidates_;
+  std::vector<T> ious_; // those of the candidates, side by side
 };
 
 } // namespace freeanchor

@@ -16,11 +16,14 @@ constexpr double kSlack = 1e-5;
 // The coordinates along one axis of the anchors of a grid with one index a.
 template <typename T>
 struct Axis {
+  T *low, *high;
   int64_t count;
-  std::vector<T> low, high;
   double min_size = std::numeric_limits<double>::infinity(), max_size = 0, per_step = 0;
 
-  Axis(const T* corners, int64_t stride, int64_t count) : count(count), low(count), high(count) {
+  // Copies 2 * count coordinates to `memory`, from where they are far apart, and goes past them.
+  Axis(const T* corners, int64_t stride, int64_t count, T*& memory)
+      : low(memory), high(memory + count), count(count) {
+    memory += 2 * count;
     bool valid = true;
     for (int64_t i = 0; i < count; ++i) {
       low[i] = corners[i * stride];
@@ -85,20 +88,26 @@ struct Shape {
   }
 };
 
-// Checks the grids among the levels, and gives their shapes.
+// Checks the grids among the levels, and gives their shapes, whose coordinates lie in the memory.
 template <typename T>
-std::vector<Shape<T>> load_shapes(const Levels<T>& levels) {
+std::vector<Shape<T>> load_shapes(const Levels<T>& levels, std::vector<T>& coordinates) {
   std::vector<Shape<T>> shapes;
+  int64_t size = 0;
+  for (const Level<T>& level : levels) {
+    size += level.grid ? 2 * (level.height + level.width) * level.per_cell : 0;
+  }
+  coordinates.resize(size);
+  T* memory = coordinates.data();
   for (const Level<T>& level : levels) {
     for (int a = 0; level.grid && level.anchors > 0 && a < level.per_cell; ++a) {
       const T* corners = level.data + a * level.stride[3];
-      Axis<T> x(corners, level.stride[2], level.width);
-      Axis<T> y(corners + 1, level.stride[1], level.height);
+      const Axis<T> x(corners, level.stride[2], level.width, memory);
+      const Axis<T> y(corners + 1, level.stride[1], level.height, memory);
       const Box<T>& last = level.boxes()[level.anchors - level.per_cell + a];
-      const bool valid = last.x1 == x.low.back() && last.x2 == x.high.back() &&
-                         last.y1 == y.low.back() && last.y2 == y.high.back();
+      const bool valid = last.x1 == x.low[x.count - 1] && last.x2 == x.high[x.count - 1] &&
+                         last.y1 == y.low[y.count - 1] && last.y2 == y.high[y.count - 1];
       raise(valid ? kNone : kGrid);
-      shapes.push_back({std::move(x), std::move(y), level.first + a, level.per_cell});
+      shapes.push_back({x, y, level.first + a, level.per_cell});
     }
   }
   return shapes;

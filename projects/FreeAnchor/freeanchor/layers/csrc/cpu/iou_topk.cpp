@@ -43,8 +43,7 @@ void search_all(const Levels<T>& levels, const Box<T>& box, T lowest, Best<T>& b
 template <typename T>
 void search_one(
     const Levels<T>& levels, const std::vector<Shape<T>>& shapes, const Box<T>& box, int64_t k,
-    int64_t* bag) {
-  Best<T> best(k);
+    Best<T>& best, int64_t* bag) {
   if (shapes.empty()) {
     search_all(levels, box, std::numeric_limits<T>::min(), best);
   } else {
@@ -62,15 +61,17 @@ struct Cpu {
   template <typename T>
   static void search(const Levels<T>& levels, const Objects<T>& objects, at::Tensor& bags) {
     check_on_host(objects, levels);
-    auto shapes = load_shapes(levels);
+    std::vector<T> coordinates;
+    auto shapes = load_shapes(levels, coordinates);
     if (!std::all_of(levels.begin(), levels.end(), [](const Level<T>& x) { return x.grid; })) {
       shapes.clear();
     }
     const int64_t k = bags.size(1);
     int64_t* out = bags.mutable_data_ptr<int64_t>();
     at::parallel_for(0, k > 0 ? objects.count : 0, 4, [&](int64_t begin, int64_t end) {
+      Best<T> best(k);
       for (int64_t i = begin; i < end; ++i) {
-        search_one(levels, shapes, objects.boxes[i], k, out + i * k);
+        search_one(levels, shapes, objects.boxes[i], k, best, out + i * k);
       }
     });
   }
