@@ -56,12 +56,18 @@ def test_cleaned_copy(coco, tmp_path):
     good = {"bbox": ["5", "5", "10", "10"], "iscrowd": None, "mine": {"a": 1}}
     _, path, images = coco(annotations=[*bad, good])
     (Path(images) / "2.png").write_text("no image")
+    content = json.loads(Path(path).read_text())
+    content["categories"][0] |= {"keypoints": ["eye"], "skeleton": [[1, 1]], "supercategory": "x"}
+    Path(path).write_text(json.dumps({**content, "info": {"mine": 1}}))
     before = Path(path).read_bytes()
-    out = tmp_path / "clean.json"
+    out = tmp_path / "of another folder" / "clean.json"
     with pytest.raises(SystemExit, match="cannot be trained on as it is"):
         main(["check", path, images, "--write", str(out)])
     assert Path(path).read_bytes() == before
+    categories = content["categories"]
     content = json.loads(out.read_text())
+    assert content["info"] == {"mine": 1}
+    assert content["categories"] == categories
     assert [x["id"] for x in content["images"]] == [1, 3, 4]
     kept = {x["id"]: x for x in content["annotations"]}
     assert sorted(kept) == [1, 3, 4, 7]

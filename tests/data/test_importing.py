@@ -112,6 +112,19 @@ def test_voc_image_of_another_name(voc, tmp_path):
         data.import_voc(voc, tmp_path / "out.json")
 
 
+def test_voc_as_editors_leave_it(voc, tmp_path):
+    """Names laid out over lines, XML in capitals, and the image that is said of two of one name."""
+    xml = voc / "Annotations" / "a.xml"
+    text = xml.read_text().replace("<name>cat<", "<name>\n      cat\n    <")
+    xml.with_suffix(".XML").write_text(text.replace("a.jpg", "a.png"))
+    xml.unlink()
+    Image.new("RGB", (64, 48)).save(voc / "JPEGImages" / "a.png")
+    data.import_voc(voc, tmp_path / "out.json")
+    names, found = read(tmp_path / "out.json", voc / "JPEGImages")
+    assert names == ["ant", "cat", "dog"]
+    assert {x: len(boxes) for x, boxes in found.items()} == {"a.png": 2, "b.jpg": 0, "c.d.jpg": 1}
+
+
 def test_split_that_names_what_is_not_there(voc, tmp_path):
     """It is refused, not left out."""
     (tmp_path / "split.txt").write_text("a\nz\n")
@@ -153,6 +166,27 @@ def test_yolo(yolo, tmp_path, capsys, source):
     main(["import", "--from", "yolo", str(yolo / source), str(out), "--split", "val"])
     _, found = read(out, yolo / "images" / "val")
     assert found["b.png"] == [("cat", [0.0, 0.0, 32.0, 24.0], 0)]
+
+
+@pytest.mark.parametrize("names", ["[no, 007]", "{0: no, 1: 007}", "{'0': no, '1': 007}"])
+def test_yolo_names_are_as_they_are_written(yolo, tmp_path, names):
+    """Not what YAML makes of them: False and 7."""
+    (yolo / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+    data.import_yolo(yolo, tmp_path / "out.json", split="train")
+    names, _ = read(tmp_path / "out.json", yolo / "images" / "train")
+    assert names == ["no", "007"]
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "labels/classes.txt", "obj.names"])
+def test_yolo_line_without_a_name(yolo, tmp_path, file):
+    """Those behind it would be other classes; at the end there may be some."""
+    (yolo / "data.yaml").unlink()
+    (yolo / file).write_text("cat\ndog\n\n")
+    data.import_yolo(yolo, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["categories"][1]["name"] == "dog"
+    (yolo / file).write_text("\ncat\ndog\n")
+    with pytest.raises(DatasetError, match="line 1 has no name"):
+        data.import_yolo(yolo, tmp_path / "out.json")
 
 
 @pytest.mark.parametrize(

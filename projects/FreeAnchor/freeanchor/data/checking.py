@@ -1,6 +1,5 @@
 """A whole look at a data set before it is trained on: `freeanchor check`."""
 
-import json
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -19,7 +18,9 @@ from .coco import read_coco
 from .coco_file import CocoFile
 from .containers import read_json
 from .datasets import sum_up
+from .fields import refer
 from .images import ImageReader, ImageState
+from .readings import write_coco
 
 __all__ = ["check_dataset"]
 
@@ -157,10 +158,10 @@ def _write_clean(file: CocoFile, images: str, whole: NDArray[Any], out: Path) ->
             for j, row in enumerate(file.rows.tolist())
             if whole[owner[j]]
         ]
+    categories = content["categories"]
+    positions = refer([x["id"] for x in categories], file.class_ids).tolist()
     content["categories"] = [
-        {"id": i, "name": name} for i, name in zip(file.class_ids, file.class_names)
+        {**category, "id": file.class_ids[i], "name": file.class_names[i]}
+        for i, category in sorted(zip(positions, categories), key=lambda x: x[0])
     ]
-    try:
-        out.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as e:
-        raise DatasetError(f"{out} cannot be written: {e}") from e
+    write_coco(out, content)

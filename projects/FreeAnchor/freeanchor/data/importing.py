@@ -65,15 +65,17 @@ def import_voc(
     images = images or _folder_of(
         folder, ("../JPEGImages", "../images", "../Images", ""), _IMAGE_SUFFIXES, "images"
     )
-    files = sorted(folder.glob("*.xml"))
+    files = sorted(x for x in folder.iterdir() if x.suffix.lower() == ".xml")
     trees = {}
     for path in tqdm(files, desc="XML files", delay=3):
         try:
             trees[path.stem] = parse(path).getroot()
         except (ParseError, DefusedXmlException, OSError, UnicodeError) as e:
             raise DatasetError(f"{path} is no XML file: {e}") from e
+        for name in trees[path.stem].iterfind("object/name"):
+            name.text = (name.text or "").strip()  # what lays out a file is no part of a name
     # Those of all files, so that all parts of a split have the same.
-    names = sorted({x.text or "" for tree in trees.values() for x in tree.iterfind("object/name")})
+    names = sorted({x.text for tree in trees.values() for x in tree.iterfind("object/name")})
     stems = _read_split(split, trees, folder) if split else list(trees)
     finder, reader = ImageFolder(str(images)), ImageReader()
     writer = _Writer(names)
@@ -122,11 +124,13 @@ def _read_split(split: str, trees: dict[str, Any], folder: Path) -> list[str]:
 
 def _voc_image(tree: Any, stem: str, finder: ImageFolder, path: Path) -> str:
     """The image of an XML file: of the same name, or else of the name that it says."""
-    for suffix in _IMAGE_SUFFIXES:
+    name = (tree.findtext("filename") or "").strip()
+    # Of several with its own name it is the one that it says.
+    said = os.path.splitext(name)[1]
+    for suffix in (said, *_IMAGE_SUFFIXES) if said.lower() in _IMAGE_SUFFIXES else _IMAGE_SUFFIXES:
         found, _ = finder.find(f"{stem}{suffix}")
         if os.path.isfile(found):
             return found
-    name = (tree.findtext("filename") or "").strip()
     found, _ = finder.find(name) if name else ("", False)
     if not os.path.isfile(found):
         raise DatasetError(
@@ -224,21 +228,29 @@ def _yolo_config(source: Path) -> tuple[dict[str, Any], list[str], Path]:
     for path in candidates:
         if path.is_file() and path.suffix in (".yaml", ".yml"):
             try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+                text = path.read_text(encoding="utf-8-sig")
+                config = yaml.safe_load(text)
+                # As they are written: YAML takes on, no and 007 for True, False and 7.
+                written = yaml.load(text, yaml.BaseLoader)  # of texts alone
             except (yaml.YAMLError, OSError, UnicodeError) as e:
                 raise DatasetError(f"{path} cannot be read: {e}".replace("\n", " ")) from e
-            names = config.get("names") if isinstance(config, dict) else None
-            if isinstance(names, dict) and all(isinstance(k, int) for k in names):
-                if sorted(names) != list(range(len(names))):
+            names = written.get("names") if isinstance(config, dict) else None
+            if isinstance(names, dict) and all(k.isdecimal() for k in names):
+                by_number = {int(k): name for k, name in names.items()}
+                if sorted(by_number) != list(range(len(names))):
                     raise DatasetError(f"{path}: `names` must be numbered from 0, without a gap")
-                names = [names[i] for i in range(len(names))]
+                names = [by_number[i] for i in range(len(names))]
             if not isinstance(names, list) or not names:
-                raise DatasetError(f"{path}: `names` must list the classes, and is {show(names)}")
+                said = config.get("names") if isinstance(config, dict) else None
+                raise DatasetError(f"{path}: `names` must list the classes, and is {show(said)}")
             return config, [str(x) for x in names], base / str(config.get("path") or "")
     for path in (base / "classes.txt", base / "labels" / "classes.txt", base / "obj.names"):
         if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            return {}, [x.strip() for x in lines if x.strip()], base
+            text = path.read_text(encoding="utf-8-sig")
+            names = [x.strip() for x in text.rstrip().splitlines()]
+            if "" in names:  # left out, all behind it would have another's number
+                raise DatasetError(f"{path}: line {names.index('') + 1} has no name")
+            return {}, names, base
     raise DatasetError(
         f"{source} has no data.yaml and no classes.txt, which name the classes: name the file "
         "data.yaml as SOURCE"
