@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -204,6 +205,40 @@ def test_equal_names(kind, tmp_path):
         for name in ("a/x.png", "b/x.png", "b/x_2.png", "c/x.webp"):
             writer.write(Detected(name, image, some_instances()))
     assert len(list(tmp_path.rglob("x*"))) == 4
+
+
+def test_frames_beside_stills(tmp_path):
+    """A video and pictures that were taken from it have files of their own."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    with WRITERS["yolo"](tmp_path, ["cell"]) as writer:
+        for name, frame in (("v_000001.png", -1), *(("v.mp4", i) for i in range(3))):
+            writer.write(Detected(name, image, some_instances((frame + 2.0, 3, 20, 30)), frame))
+    labels = {x.name: x.read_text() for x in (tmp_path / "labels").iterdir()}
+    assert len(labels) == len(set(labels.values())) == 4
+
+
+def test_names_that_are_not_utf8(run_folder, images, tmp_path, monkeypatch):
+    """Pictures of such names are detected, those that are broken reported, videos refused."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    name = os.fsdecode(b"k\xe4se.png")
+    cv2.imwrite(str(tmp_path / "a.png"), images[0])
+    (tmp_path / "a.png").rename(tmp_path / name)
+    (tmp_path / f"broken_{name}").write_text("no image")
+    out = tmp_path / "out"
+    formats = ["pictures", "coco", "csv", "yolo"]
+    arguments = f"--out {out} --device cpu --confidence 0.05 --formats".split()
+    with pytest.raises(SystemExit, match="1 of the inputs could not be read"):
+        main(["predict", str(run_folder), str(tmp_path), *arguments, *formats])
+    assert cv2.imdecode(np.fromfile(out / "pictures" / name, np.uint8), -1).shape == (64, 96, 3)
+    assert (out / "labels" / name).with_suffix(".txt").is_file()
+    coco = json.loads((out / "detections.json").read_text())
+    assert [x["file_name"] for x in coco["images"]] == [str(tmp_path / name)]
+    assert coco["annotations"]
+    assert "\\udce4" in (out / "detections.csv").read_text(encoding="utf-8")
+    video = tmp_path / os.fsdecode(b"\xe4.mp4")
+    video.write_text("")
+    with pytest.raises(DatasetError, match=r"udce4.mp4' is no name in UTF-8"):
+        find_sources([str(video)], pytest.fail)
 
 
 def test_inputs_are_not_overwritten(images, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,17 +52,26 @@ class _Names:
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
 
-    def of(self, source: str, suffix: str) -> str:
-        """The file name of an input with another suffix; numbered if it is taken."""
+    def of(self, source: str, suffix: str, has_frames: bool = False) -> str:
+        """The file name of an input with another suffix; numbered if it is taken.
+
+        With `has_frames`, those with the number of a frame behind the stem are not taken either.
+        """
         if source not in self._names:
             stem, number = Path(source).stem, 1
-            name = f"{stem}{suffix}"
-            while name in self._taken:
+            chosen = stem
+            while f"{chosen}{suffix}" in self._taken or (
+                has_frames and self._are_frames_taken(chosen, suffix)
+            ):
                 number += 1
-                name = f"{stem}_{number}{suffix}"
-            self._taken.add(name)
-            self._names[source] = name
+                chosen = f"{stem}_{number}"
+            self._names[source] = f"{chosen}{suffix}"
+            self._taken.add(self._names[source])
         return self._names[source]
+
+    def _are_frames_taken(self, stem: str, suffix: str) -> bool:
+        frame = re.compile(rf"{re.escape(stem)}_\d{{6,}}{re.escape(suffix)}")
+        return any(map(frame.fullmatch, self._taken))
 
 
 class Writer(Protocol):
@@ -111,8 +121,11 @@ class Pictures(_Base):
             suffix = Path(detected.name).suffix
             suffix = suffix if suffix.lower() in _PICTURES else ".png"
             target = self._target(detected.name, suffix)
-            if not cv2.imwrite(str(target), picture):
-                raise FreeAnchorError(f"{target} cannot be written")
+            try:
+                # Not by imwrite, which crashes where a name is not UTF-8.
+                target.write_bytes(cv2.imencode(suffix, picture)[1].tobytes())
+            except (OSError, cv2.error) as e:
+                raise FreeAnchorError(f"{target} cannot be written: {e}") from e
             return
         if self._video is None or self._video[0] != detected.name:
             self.__exit__()
@@ -190,7 +203,13 @@ class Csv(_Base):
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        self._file = (folder / "detections.csv").open("w", newline="")
+        self._file = (folder / "detections.csv").open(
+            # Names of files may hold what is no character.
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
         self._lines = csv.writer(self._file)
         self._lines.writerow(["image", "frame", "class", "score", "x1", "y1", "x2", "y2"])
 
@@ -212,11 +231,13 @@ class Yolo(_Base):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder / "labels", class_names)
         self._names = _Names()
-        (folder / "classes.txt").write_text("".join(f"{x}\n" for x in class_names))
+        text = "".join(f"{x}\n" for x in class_names)
+        (folder / "classes.txt").write_text(text, encoding="utf-8")
 
     def write(self, detected: Detected) -> None:
         """Write the detections of an image; no line where there is none."""
-        target = self.folder / self._names.of(detected.name, ".txt")
+        name = self._names.of(detected.name, ".txt", has_frames=detected.frame >= 0)
+        target = self.folder / name
         if detected.frame >= 0:
             target = target.with_stem(f"{target.stem}_{detected.frame:06d}")
         height, width = detected.pixels.shape[:2]

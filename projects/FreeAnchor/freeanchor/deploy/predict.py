@@ -38,7 +38,8 @@ def predict(
 
     def on_error(error: FreeAnchorError) -> None:
         errors.append(error)
-        tqdm.write(f"freeanchor predict: {error}")
+        # Names of files may hold what is no character.
+        tqdm.write(f"freeanchor predict: {error}".encode(errors="backslashreplace").decode())
 
     found = find_sources(sources, on_error)
     predictor = load()

@@ -98,6 +98,10 @@ def _then_listed(stills: list[str]) -> Iterator[str]:
 
 
 def _video(source: str | int, name: str, on_error: Callable[[FreeAnchorError], None]) -> Source:
+    try:
+        name.encode()
+    except UnicodeEncodeError as e:  # where OpenCV would crash
+        raise DatasetError(f"{name!a} is no name in UTF-8: rename the video") from e
     capture = cv2.VideoCapture(source)
     count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     capture.release()
