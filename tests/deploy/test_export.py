@@ -174,6 +174,22 @@ def test_rgb(run_folder, pixels, tmp_path):
     assert_same(to_instances(outputs, truth.image_size)[0], truth)
 
 
+def test_run_that_is_tested_in_bfloat16(run_folder, tmp_path):
+    """The file has the weights of the run, not rounded ones."""
+    options = ["TEST.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
+    rounded = Predictor(run_folder, device="cpu", options=options)
+    with pytest.raises(FreeAnchorError, match="has rounded the weights"):
+        export(rounded, tmp_path / "x.pt", "torchscript")
+    found = []
+    for name, those in (("amp", ["--opts", *options]), ("plain", [])):
+        path = tmp_path / f"{name}.pt"
+        main(["export", str(run_folder), str(path), "--format", "torchscript", *those])
+        found.append(dict(torch.jit.load(path).named_parameters()))
+    amp, plain = found
+    assert amp.keys() == plain.keys()
+    assert all(torch.equal(amp[key], plain[key]) for key in plain)
+
+
 def test_metadata(files):
     """Every file says how its inputs are made and what its outputs are."""
     predictor, path = files("many", "onnx")

@@ -11,6 +11,7 @@ from conftest import assert_same
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import Thresholds, read_checkpoint, write_thresholds
 from freeanchor.deploy import Predictor
+from freeanchor.deploy.push import write_package
 from hub import Hub, serve_hub
 
 PLACE = "/me/cells/resolve/main/"
@@ -37,6 +38,16 @@ def run(run_folder, tmp_path):
     record = {"iteration": 40, "bbox/AP": 12.34, "bbox/AP-<b>": 56.78}
     (folder / "metrics.json").write_text(json.dumps(record) + "\n")
     return folder
+
+
+def test_figures_of_earlier_weights(run, tmp_path):
+    """The card says of which, where the training went on after the last evaluation."""
+    write_package(run, "me/cells", tmp_path)
+    assert r"On a\|b, in %:" in (tmp_path / "README.md").read_text()
+    with (run / "metrics.json").open("a") as f:
+        f.write(json.dumps({"iteration": 59, "total_loss": 1.0}) + "\n")
+    write_package(run, "me/cells", tmp_path)
+    assert r"On a\|b, after 40 iterations, in %:" in (tmp_path / "README.md").read_text()
 
 
 def test_there_and_back(hub, run, images, capsys, caplog):

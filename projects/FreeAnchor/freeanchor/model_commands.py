@@ -139,8 +139,10 @@ def _export(args: argparse.Namespace) -> None:
     from .deploy import Predictor, export
 
     check_folder(args.out.parent)
+    # The file is in float32, whatever the run is tested in.
+    options = [*args.opts, "TEST.AMP.ENABLED", "False"]
     predictor = Predictor(
-        args.model, args.weights, confidence=args.confidence, device="cpu", options=args.opts
+        args.model, args.weights, confidence=args.confidence, device="cpu", options=options
     )
     export(predictor, args.out, args.format, nms=not args.no_nms)
     print(f"Wrote {args.out}")

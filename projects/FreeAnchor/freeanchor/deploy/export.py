@@ -79,6 +79,11 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
             f"INPUT.FORMAT {predictor.cfg.INPUT.FORMAT}: exported files take three colours, so the "
             "format must be BGR or RGB"
         )
+    if any(x.dtype != torch.float32 for x in predictor.model.parameters()):
+        raise FreeAnchorError(
+            "TEST.AMP.ENABLED has rounded the weights: export a Predictor with options="
+            "('TEST.AMP.ENABLED', 'False')"
+        )
     path = Path(path)
     model = copy.deepcopy(predictor.model).float().cpu()
     fold_batch_norm(model)

@@ -152,13 +152,16 @@ def _results(cfg: CfgNode, records: list[dict[str, float]]) -> list[str]:
         if not evaluated:
             continue
         last = evaluated[-1]
+        # The training may have gone on behind it, and so the weights.
+        iteration = int(last["iteration"])
+        when = f", after {iteration} iterations" if iteration < records[-1]["iteration"] else ""
         figures = [(x, last[f"bbox/{x}"]) for x in _FIGURES if f"bbox/{x}" in last]
         figures += [
             (_plain(k.removeprefix("bbox/")), v)
             for k, v in last.items()
             if k.startswith("bbox/AP-")
         ]
-        lines += [f"On {_plain(name)}, in %:", "", "| figure | value |", "|---|---|"]
+        lines += [f"On {_plain(name)}{when}, in %:", "", "| figure | value |", "|---|---|"]
         lines += [f"| {label} | {value:.1f} |" for label, value in figures]
         lines += [""]
     return lines
