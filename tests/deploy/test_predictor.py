@@ -1,6 +1,7 @@
 """Detections in images, by a trained model."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from conftest import assert_same, quick_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
-from freeanchor.checkpoint import read_checkpoint, write_checkpoint
+from freeanchor.checkpoint import (
+    Thresholds,
+    read_checkpoint,
+    write_checkpoint,
+    write_thresholds,
+)
 from freeanchor.config import read_config
 from freeanchor.data import Mapper, num_channels
 from freeanchor.deploy import Predictor, export, metadata
@@ -285,3 +291,20 @@ def test_other_formats(images, input_format, tmp_path):
         torch.testing.assert_close(image, expected)
     with pytest.raises(FreeAnchorError, match=r"INPUT\.FORMAT .* must be BGR or RGB"):
         export(predictor, tmp_path / "model.onnx")
+
+
+def test_thresholds_of_classes_and_the_most_detections(run_folder, images, tmp_path):
+    """What is below the threshold of its class takes no place from what is above its own."""
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    state = read_checkpoint(str(folder / "model_final.pth"))["model"]
+    scores = {"class 0": 0.05, "class 1": 0.9, "class 2": 0.9}
+    write_thresholds(folder, state, Thresholds("d", 0.5, scores))
+    few, many = (
+        Predictor(folder, device="cpu", options=["TEST.DETECTIONS_PER_IMAGE", number])
+        for number in ("20", "1000")
+    )
+    for a, b in zip(few(images), many(images), strict=True):
+        assert_same(a, b[:20])
+        assert (b.scores > many.thresholds[b.pred_classes]).all()
+    assert any(len(x) > 20 for x in many(images))
+    assert few.model.max_detections_per_image == 20

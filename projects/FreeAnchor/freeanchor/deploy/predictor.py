@@ -1,8 +1,10 @@
 """Detections in images, by a trained model."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -210,12 +212,31 @@ class Predictor:
             groups.setdefault(tuple(-(-x // stride) for x in size), []).append(i)
         found: dict[int, Instances] = {}
         for group in groups.values():
-            with self._lock:
+            with self._lock, self._unlimited():
                 outputs = self._run([batch[i].input for i in group])
             for i, output in zip(group, outputs, strict=True):
                 instances = output["instances"].to("cpu")
-                found[i] = instances[instances.scores > self.thresholds[instances.pred_classes]]
+                instances = instances[instances.scores > self.thresholds[instances.pred_classes]]
+                limit = getattr(self.model, "max_detections_per_image", None)
+                found[i] = instances[:limit]
         return [found[i] for i in range(len(batch))]
+
+    @contextmanager
+    def _unlimited(self) -> Iterator[None]:
+        """Let a model have as many detections as it finds, where thresholds differ.
+
+        Those below the threshold of their class would take the places of others. Not of two stages,
+        which would make masks of all.
+        """
+        limit = getattr(self.model, "max_detections_per_image", None)
+        if limit is None or bool((self.thresholds == self.confidence).all()):
+            yield
+            return
+        self.model.max_detections_per_image = sys.maxsize
+        try:
+            yield
+        finally:
+            self.model.max_detections_per_image = limit
 
     def _set_thresholds(self, confidence: float | None, aug: bool) -> None:
         folder = Path(find(self.cfg.MODEL.WEIGHTS)).parent
