@@ -381,6 +381,17 @@ def test_model_without_bags():
         assert (status, answer["error"]) == (404, "The model is a RetinaNet, which has no bags")
 
 
+@pytest.mark.parametrize(("image_format", "is_refused"), [("RGBA", True), ("L", False)])
+def test_formats(image_format, is_refused):
+    """A model that sees transparency, say, which no picture of the page has, is refused."""
+    predictor = Slow()
+    predictor.cfg = predictor.cfg.clone()
+    predictor.cfg.INPUT.FORMAT = image_format
+    refused = pytest.raises(FreeAnchorError, match="RGBA")
+    with refused if is_refused else contextlib.nullcontext():
+        make_app(predictor, 0.5, LIMITS)
+
+
 def test_metrics(port):
     """Prometheus can read them, and they count."""
 

@@ -29,7 +29,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..data import ImageReader
+from ..data import ImageReader, num_channels
+from ..errors import FreeAnchorError
 from ..modeling import has_bags, match_inputs
 from ..visualization import VIEWER, make_page, read_asset
 from .outputs import encode_masks
@@ -204,7 +205,16 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
         score: where the slider of the page begins.
         limits: of what is accepted.
         token: that requests must have; without one, they must be for this machine by its name.
+
+    Raises:
+        FreeAnchorError: the model sees more of a picture than its colours.
     """
+    image_format = predictor.cfg.INPUT.FORMAT
+    if num_channels(image_format) not in (1, 3):
+        raise FreeAnchorError(
+            f"INPUT.FORMAT {image_format}: the page shows pictures in three colours, and the model "
+            "would find something else than in their files; `freeanchor predict` reads them whole"
+        )
     app = FastAPI(title="FreeAnchor", docs_url=None, redoc_url=None)
     gate = Gate(limits)
     metrics = _Metrics(gate)
