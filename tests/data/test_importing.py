@@ -125,6 +125,13 @@ def test_voc_as_editors_leave_it(voc, tmp_path):
     assert {x: len(boxes) for x, boxes in found.items()} == {"a.png": 2, "b.jpg": 0, "c.d.jpg": 1}
 
 
+def test_voc_twice(voc, tmp_path):
+    """Of two files for one image, neither is left out silently."""
+    (voc / "Annotations" / "a.XML").write_text((voc / "Annotations" / "a.xml").read_text())
+    with pytest.raises(DatasetError, match="is there twice"):
+        data.import_voc(voc, tmp_path / "out.json")
+
+
 def test_split_that_names_what_is_not_there(voc, tmp_path):
     """It is refused, not left out."""
     (tmp_path / "split.txt").write_text("a\nz\n")

@@ -328,8 +328,8 @@ class Checkpointer(DetectionCheckpointer):
             self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")
 
 
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _written(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name  # of the same second, where disks know no less
 
 
 def _start_of(names: list[str], missing: set[str]) -> list[str]:

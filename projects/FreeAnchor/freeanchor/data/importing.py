@@ -68,6 +68,8 @@ def import_voc(
     files = sorted(x for x in folder.iterdir() if x.suffix.lower() == ".xml")
     trees = {}
     for path in tqdm(files, desc="XML files", delay=3):
+        if path.stem in trees:
+            raise DatasetError(f"{path} is there twice, with .xml and .XML: keep one of them")
         try:
             trees[path.stem] = parse(path).getroot()
         except (ParseError, DefusedXmlException, OSError, UnicodeError) as e:

@@ -203,13 +203,9 @@ class Csv(_Base):
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        self._file = (folder / "detections.csv").open(
-            # Names of files may hold what is no character.
-            "w",
-            newline="",
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        path = folder / "detections.csv"
+        # Names of files may hold what is no character.
+        self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self._lines = csv.writer(self._file)
         self._lines.writerow(["image", "frame", "class", "score", "x1", "y1", "x2", "y2"])
 

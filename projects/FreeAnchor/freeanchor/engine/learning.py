@@ -85,7 +85,7 @@ def _find_problem(start: _Progress, now: _Progress, prior: float) -> str:
             f"the likelihood of a bag is {now.likelihood:.2g}, and was {start.likelihood:.2g} at "
             "the start"
         )
-    if now.likelihood < prior:
+    if now.likelihood <= prior:
         return (
             f"the likelihood of a bag is {now.likelihood:.2g}, not above the {prior:g} of exact "
             "boxes without any class learned (MODEL.RETINANET.PRIOR_PROB)"
