@@ -116,19 +116,17 @@ def convert_file(source: str, out: Path) -> None:
     take_average(loadable, path)
     weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
     config = loadable.get(CONFIG_KEY, {})
-    write_checkpoint(out, weights, config)
-    copy_thresholds(Path(path).parent, out.parent, weights)
     if config.keys() <= {CLASS_NAMES}:
         # Trained here, or by Detectron2: the weights do not say what they need of the model.
         own = config_beside(Path(path))
-        if own is None:
-            logger.info(
-                f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config"
-            )
-            return
-        cfg = read_config(own)
+        cfg = read_config(own) if own else None
     else:
         cfg = Converted("", weights, config).build_config()
+    write_checkpoint(out, weights, config)
+    copy_thresholds(Path(path).parent, out.parent, weights)
+    if cfg is None:
+        logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
+        return
     cfg.MODEL.WEIGHTS = str(out)
     out.with_suffix(".yaml").write_text(cfg.dump())
     logger.info(
