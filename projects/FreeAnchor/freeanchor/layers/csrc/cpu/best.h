@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "../box_iou.h"
@@ -12,16 +13,19 @@ namespace freeanchor {
 template <typename T>
 class Best {
  public:
-  explicit Best(int64_t k) : k_(k), candidates_(4 * k + 64), ious_(candidates_.size()) {
+  explicit Best(int64_t k) : k_(k) {
+    candidates_.reserve(4 * k + 64);
   }
 
-  void clear() {
-    size_ = 0;
-    bound_ = highest_ = 0;
+  // Begins a bag of anchors with at least this IoU.
+  void clear(T bound) {
+    bound_ = bound;
+    candidates_.clear();
+    counts_.fill(0);
   }
 
   int64_t size() const {
-    return size_;
+    return candidates_.size();
   }
 
   // Below this IoU an anchor is not among the best.
@@ -31,38 +35,28 @@ class Best {
 
   __attribute__((always_inline)) void offer(const Candidate<T>& candidate) {
     if (candidate.iou >= bound_ && candidate.distance >= 0) { // NaN cannot be ordered
-      candidates_[size_] = candidate;
-      ious_[size_] = candidate.iou;
-      highest_ = std::max(highest_, candidate.iou);
-      if (++size_ == static_cast<int64_t>(candidates_.size())) {
+      ++counts_[static_cast<int>(candidate.iou * kBins)];
+      candidates_.push_back(candidate);
+      if (candidates_.size() == candidates_.capacity()) {
         shrink();
       }
     }
   }
 
-  // Raises the bound towards the k-th best IoU, by bisection: passes without branches are faster
-  // than finding it exactly.
+  // Raises the bound to the lower end of the bin that the k-th best IoU is in.
   void raise_bound() {
-    if (size_ < k_) {
-      return;
+    int bin = kBins + 1;
+    for (int64_t above = 0; bin > 0 && above < k_;) {
+      above += counts_[--bin];
     }
-    T high = highest_;
-    for (int step = 0; step < 6; ++step) {
-      const T middle = (bound_ + high) / 2;
-      int32_t above = 0;
-      for (int64_t i = 0; i < size_; ++i) {
-        above += ious_[i] >= middle;
-      }
-      (above >= k_ ? bound_ : high) = middle;
-    }
+    bound_ = std::max(bound_, T(bin) / kBins);
   }
 
   // Writes the indices of the best k in order.
   void write(int64_t* out) {
     raise_bound();
-    const auto end = std::remove_if(
-        candidates_.begin(), candidates_.begin() + size_,
-        [this](const Candidate<T>& candidate) { return candidate.iou < bound_; });
+    const auto below = [this](const Candidate<T>& candidate) { return candidate.iou < bound_; };
+    const auto end = std::remove_if(candidates_.begin(), candidates_.end(), below);
     std::sort(candidates_.begin(), end);
     for (int64_t i = 0; i < k_; ++i) {
       out[i] = candidates_[i].index;
@@ -70,20 +64,19 @@ class Best {
   }
 
  private:
+  static constexpr int kBins = 256; // a power of two, so that their ends are exact
+
   void shrink() {
-    const auto begin = candidates_.begin();
-    std::nth_element(begin, begin + (k_ - 1), begin + size_);
-    size_ = k_;
+    std::nth_element(candidates_.begin(), candidates_.begin() + (k_ - 1), candidates_.end());
+    candidates_.resize(k_);
     bound_ = candidates_[k_ - 1].iou;
-    for (int64_t i = 0; i < k_; ++i) {
-      ious_[i] = candidates_[i].iou;
-    }
   }
 
-  int64_t k_, size_ = 0;
-  T bound_ = 0, highest_ = 0;
+  int64_t k_;
+  T bound_ = 0;
   std::vector<Candidate<T>> candidates_;
-  std::vector<T> ious_; // those of the candidates, side by side
+  std::array<int64_t, kBins + 1>
+      counts_; // of what was offered, by its IoU, which may round to above 1
 };
 
 } // namespace freeanchor

@@ -120,32 +120,19 @@ void search_shape(const Shape<T>& shape, const Box<T>& box, Best<T>& best) {
   const double area = shape.x.min_size * shape.y.min_size + width * height;
   const double widest = std::min(shape.x.max_size, width);
   // An IoU of at least t needs an intersection of at least t * (sum of the areas) / (1 + t).
-  const auto needed = [&] { return best.bound() * area / (1 + best.bound()) * (1 - kSlack); };
-  const auto [top, bottom] = shape.y.reach(box.y1, box.y2, widest > 0 ? needed() / widest : 0);
-  const auto search_row = [&](int64_t row) {
+  const double needed = best.bound() * area / (1 + best.bound()) * (1 - kSlack);
+  const auto [top, bottom] = shape.y.reach(box.y1, box.y2, widest > 0 ? needed / widest : 0);
+  for (int64_t row = top; row < bottom; ++row) {
     const T y1 = shape.y.low[row], y2 = shape.y.high[row];
     const T overlap = std::min(y2, box.y2) - std::max(y1, box.y1);
-    const double wanted = needed() / overlap;
+    const double wanted = needed / overlap;
     if (!(overlap > 0) || wanted > widest) {
-      return;
+      continue;
     }
     const auto [left, right] = shape.x.reach(box.x1, box.x2, wanted);
     for (int64_t column = left; column < right; ++column) {
       const Box<T> anchor{shape.x.low[column], y1, shape.x.high[column], y2};
-      const T iou = box_iou(box, anchor);
-      if (iou > 0 && iou >= best.bound()) {
-        best.offer({iou, centre_distance(anchor, box), shape.index(row, column)});
-      }
-    }
-  };
-  // From the row of the nearest centre outwards, so that the bound rises early.
-  const int64_t middle = std::clamp(shape.y.lower_bound(double(box.y1) + box.y2), top, bottom);
-  for (int64_t below = middle, above = middle - 1; below < bottom || above >= top;) {
-    if (below < bottom) {
-      search_row(below++);
-    }
-    if (above >= top) {
-      search_row(above--);
+      best.offer({box_iou(box, anchor), centre_distance(anchor, box), shape.index(row, column)});
     }
   }
 }
@@ -153,14 +140,13 @@ void search_shape(const Shape<T>& shape, const Box<T>& box, Best<T>& best) {
 // Offers the anchors of grids that overlap a box, those of the most similar shape first.
 template <typename T>
 void search_grids(const std::vector<Shape<T>>& shapes, const Box<T>& box, Best<T>& best) {
-  best.clear();
   std::vector<double> bounds;
   for (const Shape<T>& shape : shapes) {
     bounds.push_back(shape.bound(box));
   }
   while (true) {
     const auto next = std::max_element(bounds.begin(), bounds.end());
-    if (*next < 0 || *next < best.bound()) {
+    if (*next < best.bound()) {
       return;
     }
     search_shape(shapes[next - bounds.begin()], box, best);

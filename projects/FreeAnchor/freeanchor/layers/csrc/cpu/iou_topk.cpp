@@ -16,16 +16,15 @@
 namespace freeanchor {
 namespace {
 
-// Offers all anchors with an IoU of at least `lowest`.
+// Offers all anchors.
 template <typename T>
-void search_all(const Levels<T>& levels, const Box<T>& box, T lowest, Best<T>& best) {
-  best.clear();
+void search_all(const Levels<T>& levels, const Box<T>& box, Best<T>& best) {
   T iou[kBlock];
   for (const Level<T>& level : levels) {
     for (int32_t begin = 0; begin < level.anchors; begin += kBlock) {
       const Box<T>* anchors = level.boxes() + begin;
       const int32_t n = std::min(kBlock, level.anchors - begin);
-      const T bound = std::max(best.bound(), lowest);
+      const T bound = best.bound();
       const auto get = [=](int32_t j) FREEANCHOR_INLINE_LAMBDA { return anchors[j]; };
       if (!iou_block(box, n, get, bound, iou)) {
         continue;
@@ -44,14 +43,12 @@ template <typename T>
 void search_one(
     const Levels<T>& levels, const std::vector<Shape<T>>& shapes, const Box<T>& box, int64_t k,
     Best<T>& best, int64_t* bag) {
-  if (shapes.empty()) {
-    search_all(levels, box, std::numeric_limits<T>::min(), best);
-  } else {
-    search_grids(shapes, box, best);
-  }
+  best.clear(std::numeric_limits<T>::min()); // anchors that overlap the object
+  shapes.empty() ? search_all(levels, box, best) : search_grids(shapes, box, best);
   if (best.size() < k) {
-    // Anchors that do not overlap the object fill its bag, the nearest first.
-    search_all(levels, box, T(0), best);
+    // Others fill its bag, the nearest first.
+    best.clear(0);
+    search_all(levels, box, best);
     raise(best.size() >= k ? kNone : kGrid); // its inner coordinates, which are not checked
   }
   best.write(bag);
