@@ -66,16 +66,14 @@ void find_matches(const Matching<T>& matching, const Box<T>* reaches, Task<T>& t
   if (near.empty()) {
     return;
   }
-  T x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], iou[kBlock];
+  Box<T> boxes[kBlock];
+  T iou[kBlock];
   const auto n = static_cast<int32_t>(task.end - task.begin);
   for (int32_t j = 0; j < n; ++j) {
-    const Box<T> box = matching.predict(task.image, task.begin + j).box;
-    x1[j] = box.x1, y1[j] = box.y1, x2[j] = box.x2, y2[j] = box.y2;
+    boxes[j] = matching.predict(task.image, task.begin + j).box;
   }
-  const auto get = [&](int32_t j)
-                       FREEANCHOR_INLINE_LAMBDA -> Box<T> { return {x1[j], y1[j], x2[j], y2[j]}; };
   for (const int64_t i : near) {
-    if (!iou_block(objects.boxes[i], n, get, matching.threshold, iou)) {
+    if (!iou_block(objects.boxes[i], boxes, n, matching.threshold, iou)) {
       continue;
     }
     for (int32_t j = 0; j < n; ++j) {

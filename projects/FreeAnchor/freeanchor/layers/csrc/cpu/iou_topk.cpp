@@ -25,8 +25,7 @@ void search_all(const Levels<T>& levels, const Box<T>& box, Best<T>& best) {
       const Box<T>* anchors = level.boxes() + begin;
       const int32_t n = std::min(kBlock, level.anchors - begin);
       const T bound = best.bound();
-      const auto get = [=](int32_t j) FREEANCHOR_INLINE_LAMBDA { return anchors[j]; };
-      if (!iou_block(box, n, get, bound, iou)) {
+      if (!iou_block(box, anchors, n, bound, iou)) {
         continue;
       }
       for (int32_t j = 0; j < n; ++j) {
