@@ -11,7 +11,7 @@ constexpr int32_t kBlock = 128;
 // Writes the IoUs with n others. Gives whether any is at least `bound`.
 template <typename T>
 bool iou_block(const Box<T>& box, const Box<T>* others, int32_t n, T bound, T* iou) {
-  return simd([=](auto) FREEANCHOR_INLINE_LAMBDA {
+  return simd([=]() FREEANCHOR_INLINE_LAMBDA {
     T* __restrict out = iou;
     int any = 0;
     for (int32_t i = 0; i < n; ++i) {

@@ -22,12 +22,12 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kSummed = 1024;
 
 // The values and slopes of a block. `square` says that gamma is 2.
-template <bool fma, bool square, typename scalar_t, typename T>
+template <bool square, typename scalar_t, typename T>
 FREEANCHOR_INLINE void background_loop(
     const scalar_t* __restrict x, T* __restrict value, scalar_t* __restrict slope, int64_t n,
     T gamma, T grad_scale) {
   for (int64_t i = 0; i < n; ++i) {
-    const Term<T> term = background_term<fma>(static_cast<T>(x[i]), gamma, square);
+    const Term<T> term = background_term(static_cast<T>(x[i]), gamma, square);
     value[i] = term.value;
     slope[i] = static_cast<scalar_t>(term.slope * grad_scale);
   }
@@ -36,10 +36,10 @@ FREEANCHOR_INLINE void background_loop(
 // The sum of the values of a block.
 template <typename scalar_t, typename T>
 double background_block(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T grad_scale) {
-  return simd([=](auto fma) FREEANCHOR_INLINE_LAMBDA {
+  return simd([=]() FREEANCHOR_INLINE_LAMBDA {
     alignas(64) T value[kSummed];
-    gamma == 2 ? background_loop<fma, true>(x, value, slope, n, gamma, grad_scale)
-               : background_loop<fma, false>(x, value, slope, n, gamma, grad_scale);
+    gamma == 2 ? background_loop<true>(x, value, slope, n, gamma, grad_scale)
+               : background_loop<false>(x, value, slope, n, gamma, grad_scale);
     std::fill(value + n, value + (n + 15) / 16 * 16, T(0));
     double sums[16] = {};
     for (int64_t i = 0; i < n; i += 16) {

@@ -7,7 +7,6 @@
 #include <ATen/Version.h>
 
 #include <string>
-#include <type_traits>
 
 // What is inlined into a function for an instruction set is compiled for it.
 #define FREEANCHOR_INLINE_LAMBDA __attribute__((always_inline))
@@ -24,25 +23,18 @@
 
 namespace freeanchor {
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-using DefaultFma = std::true_type;
-#else
-using DefaultFma = std::false_type;
-#endif
-
 #ifdef FREEANCHOR_AVX2
 template <typename Loop>
 FREEANCHOR_AVX512 auto run_avx512(const Loop& loop) {
-  return loop(std::true_type());
+  return loop();
 }
 template <typename Loop>
 FREEANCHOR_AVX2 auto run_avx2(const Loop& loop) {
-  return loop(std::true_type());
+  return loop();
 }
 #endif
 
-// Runs loop(fma), a lambda that is FREEANCHOR_INLINE_LAMBDA. `fma` says whether a * b + c is one
-// instruction.
+// Runs a lambda that is FREEANCHOR_INLINE_LAMBDA.
 template <typename Loop>
 auto simd(const Loop& loop) {
 #ifdef FREEANCHOR_AVX2
@@ -50,11 +42,11 @@ auto simd(const Loop& loop) {
     const std::string capability = at::get_cpu_capability();
     return capability == "AVX512" ? run_avx512<Loop>
            : capability == "AVX2" ? run_avx2<Loop>
-                                  : +[](const Loop& loop) { return loop(DefaultFma()); };
+                                  : +[](const Loop& loop) { return loop(); };
   }();
   return run(loop);
 #else
-  return loop(DefaultFma());
+  return loop();
 #endif
 }
 

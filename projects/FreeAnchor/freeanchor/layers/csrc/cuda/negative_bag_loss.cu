@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(
   const T by = *grad_scale;
   double sum = 0;
   const auto slope = [&](scalar_t logit) {
-    const Term<T> term = background_term<true>(static_cast<T>(logit), gamma, gamma == 2);
+    const Term<T> term = background_term(static_cast<T>(logit), gamma, gamma == 2);
     sum += term.value;
     return static_cast<scalar_t>(term.slope * by);
   };
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(
       const T x = static_cast<T>(loss.logits[cell]);
       const Term<T> term = matched_term(x, prob, loss.gamma);
       difference += static_cast<double>(term.value) -
-                    background_term<true>(x, loss.gamma, loss.gamma == 2).value;
+                    background_term(x, loss.gamma, loss.gamma == 2).value;
       if (loss.grads.count > 0) {
         loss.grads[cell] = static_cast<scalar_t>(term.slope * *loss.grad_scale);
       }
