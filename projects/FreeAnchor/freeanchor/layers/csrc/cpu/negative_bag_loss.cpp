@@ -33,35 +33,27 @@ FREEANCHOR_INLINE void background_loop(
   }
 }
 
-// The sum of the values of a block.
+// The sum over part of a level. `grads` is null if the gradient is not wanted.
 template <typename scalar_t, typename T>
-double background_block(const scalar_t* x, scalar_t* slope, int64_t n, T gamma, T grad_scale) {
+double background_part(const scalar_t* x, scalar_t* grads, int64_t n, T gamma, T grad_scale) {
   return simd([=]() FREEANCHOR_INLINE_LAMBDA {
     alignas(64) T value[kSummed];
-    gamma == 2 ? background_loop<true>(x, value, slope, n, gamma, grad_scale)
-               : background_loop<false>(x, value, slope, n, gamma, grad_scale);
-    std::fill(value + n, value + (n + 15) / 16 * 16, T(0));
+    scalar_t unwanted[kSummed];
     double sums[16] = {};
-    for (int64_t i = 0; i < n; i += 16) {
-      for (int lane = 0; lane < 16; ++lane) {
-        sums[lane] += value[i + lane];
+    for (int64_t begin = 0; begin < n; begin += kSummed) {
+      const int64_t size = std::min(kSummed, n - begin);
+      scalar_t* slope = grads ? grads + begin : unwanted;
+      gamma == 2 ? background_loop<true>(x + begin, value, slope, size, gamma, grad_scale)
+                 : background_loop<false>(x + begin, value, slope, size, gamma, grad_scale);
+      std::fill(value + size, value + (size + 15) / 16 * 16, T(0));
+      for (int64_t i = 0; i < size; i += 16) {
+        for (int lane = 0; lane < 16; ++lane) {
+          sums[lane] += value[i + lane];
+        }
       }
     }
     return std::accumulate(sums, sums + 16, 0.0);
   });
-}
-
-// Part of a level. `grads` is null if the gradient is not wanted.
-template <typename scalar_t, typename T>
-double background_part(const scalar_t* x, scalar_t* grads, int64_t n, T gamma, T grad_scale) {
-  double sum = 0;
-  scalar_t unwanted[kSummed];
-  for (int64_t begin = 0; begin < n; begin += kSummed) {
-    sum += background_block(
-        x + begin, grads ? grads + begin : unwanted, std::min(kSummed, n - begin), gamma,
-        grad_scale);
-  }
-  return sum;
 }
 
 // The sum over all levels, and the gradient.
