@@ -9,33 +9,24 @@
 
 namespace freeanchor {
 
+// What a thread's prediction is that of, and the predicted box.
 template <typename T>
-C10_HOST_DEVICE int64_t blocks_per_image(const Matching<T>& matching) {
-  return (matching.deltas.anchors + kThreads - 1) / kThreads;
-}
-
-// The image, and the anchor of this thread's prediction, which may be past the last one.
-template <typename T>
-struct Place {
+struct Predicted {
   int64_t image, anchor;
-
-  __device__ explicit Place(const Matching<T>& matching)
-      : image(blockIdx.x / blocks_per_image(matching)),
-        anchor(blockIdx.x % blocks_per_image(matching) * kThreads + threadIdx.x) {
-  }
-
-  // The predicted box; one that matches nothing if there is none.
-  __device__ Box<T> box(const Matching<T>& matching) const {
-    return anchor < matching.deltas.anchors ? matching.predict(image, anchor).box : Box<T>{};
-  }
+  Box<T> box;
 };
 
-// Calls visit(object, IoU) for the objects of an image that a thread's box overlaps by more than
-// the threshold. For all threads of a block together.
+// Calls visit(predicted, object, IoU) for the objects that the prediction of a thread overlaps by
+// more than the threshold. For all threads of a block together.
 template <typename T, typename F>
-__device__ void
-for_each_match(const Matching<T>& matching, int64_t image, const Box<T>& box, F visit) {
+__device__ void for_each_match(const Matching<T>& matching, F visit) {
   __shared__ Box<T> boxes[kThreads];
+  const int64_t per_image = num_blocks(matching.deltas.anchors), image = blockIdx.x / per_image;
+  const int64_t anchor = blockIdx.x % per_image * kThreads + threadIdx.x;
+  Predicted<T> at{image, anchor, {}}; // past the last anchor, a box that matches nothing
+  if (anchor < matching.deltas.anchors) {
+    at.box = matching.predict(image, anchor).box;
+  }
   const int64_t end = matching.objects.first[image + 1];
   for (int64_t first = matching.objects.first[image]; first < end; first += kThreads) {
     const int count = static_cast<int>(end - first < kThreads ? end - first : kThreads);
@@ -47,10 +38,10 @@ for_each_match(const Matching<T>& matching, int64_t image, const Box<T>& box, F 
     for (int i = 0; i < count; ++i) {
       const Box<T> object = boxes[i];
       // Few overlap at all, and only those need a division.
-      if (overlap(object, box)) {
-        const T iou = box_iou(object, box);
+      if (overlap(object, at.box)) {
+        const T iou = box_iou(object, at.box);
         if (iou > matching.threshold) {
-          visit(first + i, iou);
+          visit(at, first + i, iou);
         }
       }
     }
@@ -67,20 +58,12 @@ __device__ inline void atomic_max(double* address, double value) {
       static_cast<unsigned long long>(__double_as_longlong(value)));
 }
 
-// The highest IoU with each object, and whether any prediction of a block matches one.
+// The highest IoU with each object.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    highest_kernel(const Matching<T> matching, T* highest, int* any) {
-  const Place<T> place(matching);
-  int matches = 0;
-  for_each_match(matching, place.image, place.box(matching), [&](int64_t object, T iou) {
+__global__ void __launch_bounds__(kThreads) highest_kernel(const Matching<T> matching, T* highest) {
+  for_each_match(matching, [&](const Predicted<T>&, int64_t object, T iou) {
     atomic_max(highest + object, iou);
-    ++matches;
   });
-  matches = __syncthreads_or(matches);
-  if (threadIdx.x == 0) {
-    any[blockIdx.x] = matches;
-  }
 }
 
 // Calls visit(cell, P{a in A+}) for the cells of this thread's prediction. For all threads of a
@@ -88,28 +71,26 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename F>
 __device__ void for_each_cell(const Matching<T>& matching, const T* highest, F visit) {
   const Objects<T>& objects = matching.objects;
-  const Place<T> place(matching);
-  const Box<T> box = place.box(matching);
   const auto prob = [&](int64_t object, T iou) {
     return (iou - matching.threshold) / (highest[object] - matching.threshold);
   };
-  for_each_match(matching, place.image, box, [&](int64_t object, T iou) {
+  for_each_match(matching, [&](const Predicted<T>& at, int64_t object, T iou) {
     if (!objects.class_is_valid(object)) {
       return; // an error
     }
     // Objects of the same class share a cell: the one with the highest P, or the first of them.
-    const int64_t cls = objects.classes[object], end = objects.first[place.image + 1];
+    const int64_t cls = objects.classes[object], end = objects.first[at.image + 1];
     const T p = prob(object, iou);
-    for (int64_t other = objects.first[place.image]; other < end; ++other) {
+    for (int64_t other = objects.first[at.image]; other < end; ++other) {
       if (other != object && objects.classes[other] == cls) {
-        const T other_iou = box_iou(objects.boxes[other], box);
+        const T other_iou = box_iou(objects.boxes[other], at.box);
         const T other_p = other_iou > matching.threshold ? prob(other, other_iou) : 0;
         if (other_p > p || (other_p == p && other < object)) {
           return;
         }
       }
     }
-    visit((place.image * matching.deltas.anchors + place.anchor) * objects.num_classes + cls, p);
+    visit((at.image * matching.deltas.anchors + at.anchor) * objects.num_classes + cls, p);
   });
 }
 

@@ -17,7 +17,7 @@ namespace freeanchor {
 constexpr int kThreads = 256;
 
 // Blocks that have a thread for each item.
-inline int64_t num_blocks(int64_t items) {
+C10_HOST_DEVICE inline int64_t num_blocks(int64_t items) {
   return (items + kThreads - 1) / kThreads;
 }
 

@@ -78,20 +78,17 @@ __global__ void __launch_bounds__(kThreads) dense_kernel(
 // Puts right the sum and the gradients of the cells: a thread per prediction.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) cell_kernel(
-    const Loss<scalar_t> loss, const Matching<T> matching, const T* highest, const int* any,
-    double* sums) {
+    const Loss<scalar_t> loss, const Matching<T> matching, const T* highest, double* sums) {
   double difference = 0;
-  if (any[blockIdx.x]) {
-    for_each_cell(matching, highest, [&](int64_t cell, T prob) {
-      const T x = static_cast<T>(loss.logits[cell]);
-      const Term<T> term = matched_term(x, prob, loss.gamma);
-      difference += static_cast<double>(term.value) -
-                    background_term(x, loss.gamma, loss.gamma == 2).value;
-      if (loss.grads.count > 0) {
-        loss.grads[cell] = static_cast<scalar_t>(term.slope * *loss.grad_scale);
-      }
-    });
-  }
+  for_each_cell(matching, highest, [&](int64_t cell, T prob) {
+    const T x = static_cast<T>(loss.logits[cell]);
+    const Term<T> term = matched_term(x, prob, loss.gamma);
+    difference +=
+        static_cast<double>(term.value) - background_term(x, loss.gamma, loss.gamma == 2).value;
+    if (loss.grads.count > 0) {
+      loss.grads[cell] = static_cast<scalar_t>(term.slope * *loss.grad_scale);
+    }
+  });
   difference = block_sum(difference);
   if (threadIdx.x == 0) {
     sums[blockIdx.x] = difference;
@@ -109,7 +106,7 @@ struct Cuda {
       return (logits.size_of(l) + kChunk<scalar_t> - 1) / kChunk<scalar_t>;
     };
     const int64_t matching_blocks =
-        matching.objects.count > 0 ? logits.images * blocks_per_image(matching) : 0;
+        matching.objects.count > 0 ? logits.images * num_blocks(logits.anchors) : 0;
     int64_t blocks = matching_blocks;
     for (int l = 0; l < logits.count; ++l) {
       blocks += chunks(l);
@@ -122,11 +119,9 @@ struct Cuda {
           logits.size_of(l), loss.gamma, loss.grad_scale, sum);
       sum += chunks(l);
     }
-    const at::Tensor any = at::empty({matching_blocks}, max_iou.options().dtype(at::kInt));
     T* highest = max_iou.mutable_data_ptr<T>();
-    int* any_match = any.mutable_data_ptr<int>();
-    launch(highest_kernel<T>, matching_blocks, matching, highest, any_match);
-    launch(cell_kernel<scalar_t, T>, matching_blocks, loss, matching, highest, any_match, sum);
+    launch(highest_kernel<T>, matching_blocks, matching, highest);
+    launch(cell_kernel<scalar_t, T>, matching_blocks, loss, matching, highest, sum);
     raise_errors();
     return sums.sum();
   }
