@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "kernel.cuh"
 
@@ -37,7 +36,6 @@ class Best {
   // offer(), which waits for the other threads.
   __device__ void clear(T distance) {
     bound_ = {0, distance, INT64_MAX};
-    sorted_ = 0;
     if (threadIdx.x == 0) {
       *size_ = 0;
     }
@@ -89,11 +87,7 @@ class Best {
   // Sorts the candidates, keeps the best k, and takes no more that are not better.
   __device__ void shrink() {
     const int size = this->size();
-    if (size == sorted_) {
-      return;
-    }
     sort(size);
-    sorted_ = size < k_ ? size : k_;
     if (size >= k_) {
       bound_ = candidates_[k_ - 1];
       if (threadIdx.x == 0) {
@@ -129,7 +123,7 @@ class Best {
   Candidate<T>* candidates_;
   int capacity_;
   int* size_;
-  int k_, sorted_; // sorted_: how many there were after the last shrink()
+  int k_;
   Candidate<T> bound_;
 };
 
