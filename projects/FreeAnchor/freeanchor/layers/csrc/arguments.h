@@ -62,16 +62,12 @@ struct Objects {
   }
 };
 
-// The boxes of a (M, 4) tensor without gaps in memory.
+// The boxes of a tensor without gaps in memory.
 template <typename T>
 const Box<T>* view_boxes(const at::Tensor& boxes) {
-  return reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
-}
-
-inline void check_gt_boxes(const at::Tensor& gt_boxes) {
   TORCH_CHECK(
-      gt_boxes.dim() == 2 && gt_boxes.size(1) == 4, "gt_boxes must be (M, 4), got ",
-      gt_boxes.sizes());
+      boxes.dim() == 2 && boxes.size(1) == 4, "gt_boxes must be (M, 4), got ", boxes.sizes());
+  return reinterpret_cast<const Box<T>*>(boxes.const_data_ptr<T>());
 }
 
 // The dtype of results: float32 or better.
@@ -84,7 +80,6 @@ inline at::ScalarType compute_dtype(const char* name, at::TensorList tensors) {
 template <typename Kernel>
 at::Tensor iou_topk(at::TensorList anchors, const at::Tensor& gt_boxes, int64_t k) {
   TORCH_CHECK_VALUE(k >= 1, "k must be at least 1, got ", k);
-  check_gt_boxes(gt_boxes);
   std::vector<at::Tensor> tensors;
   for (const at::Tensor& level : anchors) {
     tensors.push_back(level.contiguous());
@@ -193,7 +188,6 @@ std::tuple<at::Tensor, at::Tensor> negative_bag_loss(
     at::TensorList grads) {
   const auto dtype = compute_dtype("logits", logits);
   const auto device = logits[0].device();
-  check_gt_boxes(gt_boxes);
   for (const at::Tensor& x : {gt_boxes, gt_classes, gt_images, grad_scale}) {
     TORCH_CHECK(x.device() == device, "objects and grad_scale must be on ", device);
   }

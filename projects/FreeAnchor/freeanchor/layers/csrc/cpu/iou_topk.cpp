@@ -37,22 +37,6 @@ void search_all(const Levels<T>& levels, const Box<T>& box, Best<T>& best) {
   }
 }
 
-// Writes the bag of an object; by exhaustive search if there are no shapes.
-template <typename T>
-void search_one(
-    const Levels<T>& levels, const std::vector<Shape<T>>& shapes, const Box<T>& box, int64_t k,
-    Best<T>& best, int64_t* bag) {
-  best.clear(std::numeric_limits<T>::min()); // anchors that overlap the object
-  shapes.empty() ? search_all(levels, box, best) : search_grids(shapes, box, best);
-  if (best.size() < k) {
-    // Others fill its bag, the nearest first.
-    best.clear(0);
-    search_all(levels, box, best);
-    raise(best.size() >= k ? kNone : kGrid); // its inner coordinates, which are not checked
-  }
-  best.write(bag);
-}
-
 struct Cpu {
   template <typename T>
   static void search(const Levels<T>& levels, const Objects<T>& objects, at::Tensor& bags) {
@@ -67,7 +51,15 @@ struct Cpu {
     at::parallel_for(0, k > 0 ? objects.count : 0, 4, [&](int64_t begin, int64_t end) {
       Best<T> best(k);
       for (int64_t i = begin; i < end; ++i) {
-        search_one(levels, shapes, objects.boxes[i], k, best, out + i * k);
+        const Box<T>& box = objects.boxes[i];
+        best.clear(std::numeric_limits<T>::min()); // anchors that overlap the object
+        shapes.empty() ? search_all(levels, box, best) : search_grids(shapes, box, best);
+        if (best.size() < k) {
+          best.clear(0); // others fill its bag, the nearest first
+          search_all(levels, box, best);
+          raise(best.size() >= k ? kNone : kGrid); // its inner coordinates, which are not checked
+        }
+        best.write(out + i * k);
       }
     });
   }
