@@ -33,7 +33,7 @@ struct Fiber : Thread {
   ucontext_t context;
   unsigned char* stack;
   enum { kReady, kAtBarrier, kAtShuffle, kDone } state;
-  int barrier, value, lane;
+  int barrier, lane;
   uint64_t bits;
   int64_t interval; // barriers that it has passed
 };
@@ -87,16 +87,13 @@ void run_fiber() {
 }
 
 bool release_barrier() {
-  int sum = 0;
   for (const Fiber& fiber : fibers) {
     if (fiber.state != Fiber::kAtBarrier || fiber.barrier != fibers[0].barrier) {
       return false;
     }
-    sum += fiber.value;
   }
   for (Fiber& fiber : fibers) {
     fiber.state = Fiber::kReady;
-    fiber.value = sum;
     ++fiber.interval;
   }
   return true;
@@ -264,16 +261,12 @@ void poison(void* variable, size_t bytes) {
   }
 }
 
-int barrier(int id, int value) {
-  Fiber& fiber = current_fiber();
+void barrier(int id) {
   if (id != skipped_barrier) {
-    fiber.barrier = id;
-    fiber.value = value;
-    fiber.state = Fiber::kAtBarrier;
+    current_fiber().barrier = id;
+    current_fiber().state = Fiber::kAtBarrier;
     yield();
-    return fiber.value;
   }
-  return value;
 }
 
 void pause() {

@@ -37,8 +37,8 @@ void launch(dim3 grid, dim3 block, int64_t shared_bytes, int stream, std::functi
 unsigned char* dynamic_shared();
 // Fills a shared variable with garbage once per block.
 void poison(void* variable, size_t bytes);
-// Waits for all threads of the block. `id` is the place in the source. Gives the sum of the values.
-int barrier(int id, int value);
+// Waits for all threads of the block. `id` is the place in the source.
+void barrier(int id);
 // Lets other threads run.
 void pause();
 // Gives the value that the thread `lane` of the warp has in the same call.

@@ -7,7 +7,7 @@ from pathlib import Path
 _INCLUDES = re.compile(r"#include <(c10/cuda|cuda_runtime)[^>]*>")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) unsigned char (\w+)\[\];")
 _SHARED = re.compile(r"__shared__ ([\w<>]+) (\w+)((?:\[\w+\])?);")
-_BARRIER = re.compile(r"__syncthreads(_or|)\(([^()]*)\)")
+_BARRIER = re.compile(r"__syncthreads\(\)")
 _LAUNCH = re.compile(r"((?:\w|<[\w, ]+>)+)\s*<<<(.*?)>>>\(", re.DOTALL)
 
 
@@ -25,7 +25,7 @@ def translate(sources: list[Path], out: Path) -> tuple[list[Path], list[str]]:
     for source in sorted(sources):
         text = _INCLUDES.sub("", source.read_text())
         while barrier := _BARRIER.search(text):
-            call = f"emulator::barrier({len(barriers)}, {barrier[2] or 0})"
+            call = f"emulator::barrier({len(barriers)})"
             barriers.append(f"{source.name}:{text.count(chr(10), 0, barrier.start()) + 1}")
             text = text[: barrier.start()] + call + text[barrier.end() :]
         text = _DYNAMIC.sub(r"unsigned char* \1 = emulator::dynamic_shared();", text)
