@@ -17,6 +17,7 @@ import torch
 from conftest import instances, quick_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -152,6 +153,21 @@ def evaluation(triple):
     return {task: {k: repr(v) for k, v in x.items()} for task, x in results.items()}
 
 
+def evaluated_statistics(triple):
+    """A running mean of the model that this process evaluates in a training."""
+    data.register_datasets([triple])
+    cfg = quick_cfg()
+    cfg.merge_from_list(TINY_MODEL)
+    cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR = (triple[0],), str(Path(triple[1]).parent / "output")
+    cfg.DATALOADER.NUM_WORKERS = 0
+    trainer = Trainer(cfg)
+    (hook,) = (x for x in trainer._hooks if isinstance(x, EvalHook))
+    statistics = without_ddp(trainer.model).backbone.fpn_lateral3.norm.running_mean
+    statistics.fill_(comm.get_rank())
+    trainer.test = lambda _, model: statistics.mean().item()
+    return hook._func()
+
+
 def compare_ltm(config):
     """The gradient of LTM in two processes against that of one, see docs/methods.md."""
 
@@ -202,6 +218,7 @@ def main(folder):
     data.write_shapes(folder, num_train=1, num_val=5, seed=0)
     triple = ("shapes", str(folder / "val.json"), str(folder / "images"))
     results["evaluation"] = [fork(evaluation, count, triple)[0] for count in (1, 2, 3)]
+    results["statistics"] = fork(evaluated_statistics, 2, triple)
     print(json.dumps(results))
 
 

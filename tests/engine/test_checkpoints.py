@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from detectron2.engine import hooks
 from freeanchor.checkpoint import files, read_checkpoint
 from freeanchor.data import register_datasets
 from freeanchor.engine import checkpoints
@@ -54,6 +55,35 @@ def test_signal_in_an_evaluation_ends_at_once(tiny, monkeypatch):
     assert status.value.code == 128 + signal.SIGTERM
     monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {})
     assert "Starting training from iteration 3" in log(tiny("--resume", *keys))
+
+
+def test_signal_in_the_last_iteration(tiny, before_step, monkeypatch):
+    """It is not followed by the evaluation, which may be longer than there is time."""
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: pytest.fail("evaluated"))
+    before_step(lambda step: step.iter == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as status:
+        tiny("DATASETS.TEST", "('tiny',)")
+    assert status.value.code == 128 + signal.SIGTERM
+
+
+def test_signal_in_the_last_evaluation(tiny, monkeypatch, tmp_path):
+    """It ends as one before does, and what was trained is there to be evaluated."""
+
+    def evaluate(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the evaluation went on")
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", evaluate)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as status:
+        tiny("DATASETS.TEST", "('tiny',)")
+    assert status.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert "SIGINT: ending after iteration 5, which is saved" in log(tmp_path / "output")
+    evaluated = []
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: evaluated.append(1) or {})
+    tiny("--resume", "DATASETS.TEST", "('tiny',)")
+    assert evaluated
 
 
 def test_minutes(tiny, monkeypatch):
@@ -190,6 +220,15 @@ def test_early_stopping(tiny, monkeypatch):
     output = tiny(*keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "2")
     assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 4
     assert "AP has not become better for 2 evaluations, since iteration 1" in log(output)
+
+
+def test_early_stopping_with_precise_batch_norm(tiny, monkeypatch):
+    """The last iteration, which was not to be the last, has its precise statistics too."""
+    keys = [*evaluated_as(monkeypatch, [3.0, 1.0, 1.0]), "TEST.PRECISE_BN.ENABLED", "True"]
+    done = []
+    monkeypatch.setattr(hooks.PreciseBN, "update_stats", lambda x: done.append(x.trainer.iter))
+    tiny(*keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "1", "TEST.EVAL_PERIOD", "2")
+    assert done == [1, 3, 4]
 
 
 def test_moving_average(tiny, before_step, train_net, tmp_path):

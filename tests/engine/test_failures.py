@@ -141,6 +141,30 @@ def test_out_of_memory(tiny, monkeypatch, fail):
     assert "SOLVER.ACCUMULATION_STEPS 2 computes 2 instead of 4 images at once" in message
 
 
+def test_failure_in_the_last_iteration(tiny, monkeypatch, before_step):
+    """It is not followed by an evaluation, in which other processes would wait for this one."""
+
+    def fail(step):
+        if step.iter == 5:
+            raise RuntimeError("failed")
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: pytest.fail("evaluated"))
+    before_step(fail)
+    with pytest.raises(RuntimeError, match="failed"):
+        tiny("DATASETS.TEST", "('tiny',)")
+
+
+def test_batch_norm_of_one_value(tiny):
+    """What PyTorch says of it is told in terms of the run."""
+    with pytest.raises(SystemExit) as error:
+        tiny("SOLVER.ACCUMULATION_STEPS", "4")
+    assert re.search(
+        r"Iteration 0: batch norm .* on were (?:\S+\.png \(\d+ x \d+\)(?:, )?){4}, 1 at a time\. "
+        r"Raise SOLVER\.IMS_PER_BATCH, lower SOLVER\.ACCUMULATION_STEPS",
+        str(error.value),
+    )
+
+
 def test_learning_rate_for_larger_batches(tiny):
     """It is said before the first iteration, with the values that fit; otherwise nothing is."""
     said = "Scaled, it is: SOLVER.BASE_LR 0.015 SOLVER.MAX_ITER 600 "

@@ -75,6 +75,11 @@ def test_evaluation_in_processes(results):
     assert one == two == three
 
 
+def test_processes_evaluate_one_model(results):
+    """Each has trained its own statistics of batch norm; evaluated are those that are saved."""
+    assert results["statistics"] == [0, 0]
+
+
 def test_slurm_variables():
     """A step of several tasks gets torchrun's variables; a batch script or one task does not."""
     step = {

@@ -55,16 +55,9 @@ class Checkpoints(HookBase):
         self._eval_period = cfg.TEST.EVAL_PERIOD
         self._is_evaluating = False
         self._signalled_at = 0.0
-        self._handlers: dict[signal.Signals, Any] = {}
 
     def before_train(self) -> None:
         self._saved_at = monotonic()
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {x: signal.signal(x, self._on_signal) for x in _SIGNALS}
-
-    def after_train(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
     def before_step(self) -> None:
         is_due = 0 < self._seconds <= monotonic() - self._saved_at
@@ -74,8 +67,6 @@ class Checkpoints(HookBase):
     def after_step(self) -> None:
         request = self._step.agreed_request()
         done = self.trainer.iter + 1
-        if request == Request.FINISH:
-            self.trainer.max_iter = done
         is_last = done >= self.trainer.max_iter
         # An evaluation may be long, and is not interrupted to save.
         periods = (self._period, self._eval_period)
@@ -85,6 +76,18 @@ class Checkpoints(HookBase):
             self.save()
         if request > Request.STOP:
             self._exit(request - Request.STOP)
+
+    @contextlib.contextmanager
+    def answering_signals(self) -> Iterator[None]:
+        """Answer signals within: the whole training, with its last evaluation."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {x: signal.signal(x, self._on_signal) for x in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -129,12 +132,13 @@ class Checkpoints(HookBase):
 
     def _exit(self, number: int) -> None:
         name = signal.Signals(number).name
+        last = min(self.trainer.iter, self.trainer.max_iter - 1)
         if self.problem:
-            logger.error(f"{name}: ending after iteration {self.trainer.iter}. {self.problem}")
+            logger.error(f"{name}: ending after iteration {last}. {self.problem}")
         else:
             logger.warning(
-                f"{name}: ending after iteration {self.trainer.iter}, which is saved. --resume "
-                "goes on from there"
+                f"{name}: ending after iteration {last}, which is saved. --resume goes on from "
+                "there"
             )
         raise SystemExit(128 + number)
 

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _GIB = 2**30
 # What PyTorch's allocators for CPUs say.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory")
+# What batch norm says of a single value.
+_ONE_VALUE = "Expected more than 1 value per channel"
 # What gloo and NCCL say when a process of the group is gone or waits for something else.
 _SILENCE = re.compile(r"[Tt]imed? ?out|Connection (?:closed|reset)|NCCL|remote process")
 
@@ -48,9 +50,16 @@ def explained(step: Any, work: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as e:
+    except (RuntimeError, MemoryError, ValueError) as e:
         text = str(e)  # on a CPU, nothing else tells these errors from others
         where = f"Iteration {step.iter}"
+        if _ONE_VALUE in text:
+            raise FreeAnchorError(
+                f"{where}: batch norm cannot be trained on one value, that of a map of 1 x 1 pixel "
+                f"of a single image; trained on were {describe_images(work)}, "
+                f"{len(work) // step.cfg.SOLVER.ACCUMULATION_STEPS} at a time. Raise "
+                "SOLVER.IMS_PER_BATCH, lower SOLVER.ACCUMULATION_STEPS, or train larger images"
+            ) from e
         if isinstance(e, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
             raise FreeAnchorError(f"{where}: {_out_of_memory(step, work)}") from e
         if "DataLoader worker" not in text:
@@ -65,7 +74,7 @@ def explained(step: Any, work: Any) -> Iterator[None]:
 
 
 @contextmanager
-def explained_silence(step: Any) -> Iterator[None]:
+def explained_silence() -> Iterator[None]:
     """Say in one sentence that another process does not answer.
 
     Raises:
@@ -77,9 +86,10 @@ def explained_silence(step: Any) -> Iterator[None]:
         if comm.get_world_size() == 1 or not _SILENCE.search(str(e)):
             raise
         raise FreeAnchorError(
-            f"Iteration {step.iter}: process {comm.get_rank()} of {comm.get_world_size()} got no "
+            f"process {comm.get_rank()} of {comm.get_world_size()} got no "
             "answer from another one, which died or hangs; its own messages say why "
-            f"({str(e).strip().splitlines()[-1]}). --resume goes on from the last checkpoint"
+            f"({str(e).strip().splitlines()[-1]}). A training goes on from its last checkpoint "
+            "with --resume"
         ) from e
 
 

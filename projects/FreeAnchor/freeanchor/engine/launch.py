@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from .. import errors
 from ..command_line import one_sentence
 from .defaults import check
+from .failures import explained_silence
 from .processes import adopt_slurm, is_placed, join_others, spawn, was_restarted
 
 __all__ = ["launch"]
@@ -60,7 +61,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, url: str) -> None:
     """Run in a process that :func:`spawn` started, after its parent has checked."""
     join_others(args.timeout, url)
-    main(args)
+    with explained_silence():
+        main(args)
     dist.destroy_process_group()
 
 
@@ -72,14 +74,15 @@ def _run_placed(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
             "--num-machines"
         )
     join_others(args.timeout)
-    args.resume = args.resume or was_restarted()
-    problem = None
-    if comm.is_main_process():
-        try:
-            check(args)
-        except errors.FreeAnchorError as e:
-            problem = e
-    if any(comm.all_gather(problem is not None)):
-        raise problem or SystemExit(1)
-    main(args)
+    with explained_silence():
+        args.resume = args.resume or was_restarted()
+        problem = None
+        if comm.is_main_process():
+            try:
+                check(args)
+            except errors.FreeAnchorError as e:
+                problem = e
+        if any(comm.all_gather(problem is not None)):
+            raise problem or SystemExit(1)
+        main(args)
     dist.destroy_process_group()

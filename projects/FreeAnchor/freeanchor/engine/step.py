@@ -93,9 +93,14 @@ class TrainStep:
         """Whether this process was."""
         return self._request > Request.STOP
 
+    @property
+    def agreed(self) -> int:
+        """What to do after this iteration, the same on all processes."""
+        return self._request if comm.get_world_size() == 1 else self._agreed
+
     def agreed_request(self) -> int:
-        """What to do after this iteration, the same on all processes; it is then done."""
-        agreed = self._request if comm.get_world_size() == 1 else self._agreed
+        """The same, which is then done."""
+        agreed = self.agreed
         if agreed >= self._request:
             self._request = Request.NOTHING
         return agreed

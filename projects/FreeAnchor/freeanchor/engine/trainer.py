@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
@@ -23,7 +24,6 @@ from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluat
 from ..modeling import BagDetector, MultiScaleTest, has_bags
 from ..paths import file_stem
 from .checkpoints import BestCheckpointer, Checkpoints
-from .failures import explained_silence
 from .hooks import MatchingPictures
 from .learning import LearningCheck
 from .loader import TrainLoader
@@ -31,7 +31,7 @@ from .metrics import MetricsWriter, TolerantWriter
 from .optimizer import build_optimizer
 from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
-from .step import TrainStep, without_ddp
+from .step import Request, TrainStep, without_ddp
 
 __all__ = ["Trainer", "build_evaluator"]
 
@@ -180,20 +180,24 @@ class Trainer(DefaultTrainer):
         """
         logger.info(f"Starting training from iteration {self.start_iter}")
         self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage:
+        with EventStorage(self.start_iter) as self.storage, self._checkpoints.answering_signals():
             try:
                 self.before_train()
-                with explained_silence(self):
-                    while self.iter < self.max_iter:
-                        self.before_step()
-                        self.run_step()
-                        self.after_step()
-                        self.iter += 1
-            except (DatasetError, LoaderError):
+                while self.iter < self.max_iter:
+                    self.before_step()
+                    self.run_step()
+                    if self._trainer.agreed == Request.FINISH:  # before the hooks look at it
+                        self.max_iter = self.iter + 1
+                    self.after_step()
+                    self.iter += 1
+            except BaseException as e:
                 # Saving takes all processes, and the others do not know of the error.
-                if self.iter > self.start_iter and comm.get_world_size() == 1:
+                is_loader = isinstance(e, DatasetError | LoaderError)
+                if is_loader and self.iter > self.start_iter and comm.get_world_size() == 1:
                     self.iter -= 1
                     self._checkpoints.save()
+                # The hooks would evaluate after the last iteration, also if that has failed.
+                self.max_iter = self.iter + 2
                 raise
             finally:
                 self.after_train()
@@ -263,6 +267,7 @@ class Trainer(DefaultTrainer):
             # Its loaders draw random numbers, which a resumed run does not.
             state = random_state()
             with self._checkpoints.interruptible():
+                self._share_buffers()
                 self._last_eval_results = self.test(cfg, self.evaluated_model)
             set_random_state(state)
             return self._last_eval_results
@@ -285,6 +290,15 @@ class Trainer(DefaultTrainer):
                 result.append(BestCheckpointer(cfg, self.checkpointer, step))
             result.append(hooks.PeriodicWriter(self.build_writers()))
         return result
+
+    def _share_buffers(self) -> None:
+        """Give all processes the statistics of batch norm that a checkpoint holds: the first's.
+
+        Each has trained its own. Evaluated so, the images of each would be those of another model.
+        """
+        if comm.get_world_size() > 1:
+            for buffer in self.evaluated_model.buffers():
+                dist.broadcast(buffer, 0)
 
     def build_writers(self) -> list[Any]:
         path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
