@@ -138,6 +138,22 @@ def test_second_run_into_a_folder(tiny):
     assert "Starting training from iteration 2" in log(output)
 
 
+def test_config_of_a_run_stays(tiny):
+    """Through evaluations with other values and a --resume that is refused, until one goes on.
+
+    It is what `freeanchor predict` reads beside the weights.
+    """
+    output = tiny("SOLVER.MAX_ITER", "1", "INPUT.MIN_SIZE_TEST", "64")
+    config = (output / "config.yaml").read_text()
+    test = ["DATASETS.TEST", "('tiny',)", "INPUT.MIN_SIZE_TEST", "48"]
+    tiny("--eval-only", "--resume", *test)
+    with pytest.raises(SystemExit, match="not of this model"):
+        tiny("--resume", *test, "MODEL.FPN.OUT_CHANNELS", "16")
+    assert (output / "config.yaml").read_text() == config
+    tiny("--resume", *test, "SOLVER.MAX_ITER", "2")
+    assert "MIN_SIZE_TEST: 48" in (output / "config.yaml").read_text()
+
+
 def test_checkpoint_of_an_older_version(tiny):
     """It is gone on from, and what it lacks is said."""
     output = tiny("SOLVER.MAX_ITER", "4")

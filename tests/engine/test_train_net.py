@@ -70,18 +70,19 @@ def test_verdict(train_net, data_options, run_folder, tmp_path):
     register, names = data_options
     options = [*names, *TINY, "MODEL.WEIGHTS", run_folder / "model_final.pth", "OUTPUT_DIR"]
 
-    def evaluate(output, expected):
-        results = ("TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {expected}, 20]]")
+    def evaluate(output, expected, task="bbox"):
+        results = ("TEST.EXPECTED_RESULTS", f"[['{task}', 'AP', {expected}, 20]]")
         train_net("--eval-only", *register, *options, tmp_path / output, *results)
 
     evaluate("met", expected=0)  # noise
     assert "Results verification passed" in (tmp_path / "met" / "log.txt").read_text()
-    forget("train")
-    forget("val")
-    with pytest.raises(SystemExit) as status:
-        evaluate("missed", expected=90)
-    assert status.value.code == 1
-    assert "Result verification failed" in (tmp_path / "missed" / "log.txt").read_text()
+    for output, expected, task in (("missed", 90, "bbox"), ("unknown", 0, "box")):
+        forget("train")
+        forget("val")
+        with pytest.raises(SystemExit) as status:
+            evaluate(output, expected, task)
+        assert status.value.code == 1
+        assert "Result verification failed" in (tmp_path / output / "log.txt").read_text()
 
 
 def forget(name):
@@ -308,6 +309,23 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
             for key in ("NMS_RECALL", "PROPOSAL_RECALL", "AUG.ENABLED")
         ),
         (["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS: .* leave it out"),
+        (["SOLVER.MAX_ITER", "0"], r"SOLVER\.MAX_ITER must be at least 1, got 0"),
+        (["SOLVER.MAX_ITER", "-5"], r"SOLVER\.MAX_ITER must be at least 1, got -5"),
+        (["SOLVER.IMS_PER_BATCH", "0"], r"SOLVER\.IMS_PER_BATCH must be at least 1"),
+        (["SOLVER.ACCUMULATION_STEPS", "0"], r"SOLVER\.ACCUMULATION_STEPS must be at least 1"),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], r"INPUT\.MIN_SIZE_TRAIN is empty"),
+        *(
+            (["TEST.EXPECTED_RESULTS", x], r"EXPECTED_RESULTS has .*: give lists of task, metric")
+            for x in ("[['bbox', 'AP']]", "['bbox', 'AP', 38, 1]", "[['bbox', 'AP', '38', 1]]")
+        ),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 3, 1]]", "DATASETS.TEST", "()"],
+            r"EXPECTED_RESULTS is of one data set, and DATASETS\.TEST has 0",
+        ),
+        (
+            ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False,True,True,True]"],
+            r"DEFORM_ON_PER_STAGE .*: deformable convolution needs a GPU",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(train_net, data_options, tmp_path, options, expected):

@@ -11,7 +11,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_model
 from detectron2.structures import BoxMode
 from freeanchor.data import Mapper
+from freeanchor.errors import FreeAnchorError
 from freeanchor.layers import ops
+from freeanchor.modeling.backbone import check_deformable
 from PIL import Image
 from torch.nn import functional as F
 
@@ -224,3 +226,27 @@ def test_models_with_default_keys_have_no_hooks():
     model = build()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_convolutions(modulated, training):
+    """They are refused on a CPU where Detectron2's cannot be computed, and only there."""
+    cfg = quick_cfg()
+    small = ["DEPTH", "50", "STEM_OUT_CHANNELS", "4", "RES2_OUT_CHANNELS", "8"]
+    small += ["WIDTH_PER_GROUP", "4", "NORM", "FrozenBN"]
+    small += ["DEFORM_ON_PER_STAGE", "[False, False, False, True]", "DEFORM_MODULATED", modulated]
+    cfg.MODEL.RESNETS.merge_from_list(small)
+    model = build_model(cfg).backbone.bottom_up
+    try:
+        x = model(torch.zeros(1, 3, 64, 64))["res5"]
+        if training:
+            x.sum().backward()
+        is_computed = True
+    except NotImplementedError:
+        is_computed = False
+    if is_computed:
+        check_deformable(cfg, training)
+    else:
+        with pytest.raises(FreeAnchorError, match="deformable convolution needs a GPU"):
+            check_deformable(cfg, training)

@@ -25,6 +25,7 @@ from ..config import is_two_stage, merge_options, scored_part
 from ..data import ImageReader, num_channels, read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
 from ..modeling import MultiScaleTest, inference_settings, optimize_inference
+from ..modeling.backbone import check_deformable
 from .checkpoints import class_names, find_checkpoint
 
 __all__ = ["CONFIDENCE", "NONE_RECOMMENDED", "Predictor"]
@@ -92,6 +93,7 @@ class Predictor:
         merge_options(cfg, options)
         cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = inference_settings(cfg)
+        check_deformable(cfg, training=False)
         self.cfg, self.batch_size = cfg, batch_size
         self.class_names = class_names(cfg)
         wanted = self._indices(classes)  # before the model is built

@@ -32,9 +32,10 @@ from ..data import (
     resolve_classes,
 )
 from ..errors import FileError, FreeAnchorError, check_folder
+from ..modeling.backbone import check_deformable
 from ..modeling.precision import choose_precision
 
-__all__ = ["argument_parser", "build_config", "check", "setup"]
+__all__ = ["argument_parser", "build_config", "check", "keep_config", "setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def check(args: argparse.Namespace) -> None:
     cfg = build_config(args)
     check_folder(cfg.OUTPUT_DIR)
     choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
+    check_deformable(cfg, training=not args.eval_only)
     if args.eval_only:
         is_there = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if args.resume and not is_there and not cfg.MODEL.WEIGHTS:
@@ -128,8 +130,10 @@ def check(args: argparse.Namespace) -> None:
             )
         if not cfg.MODEL.WEIGHTS and not args.resume:
             raise FreeAnchorError("--eval-only needs MODEL.WEIGHTS, or --resume")
-    elif not cfg.DATASETS.TRAIN:
-        raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
+    else:
+        _check_numbers(cfg)
+        if not cfg.DATASETS.TRAIN:
+            raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
     world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if world_size and not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise FreeAnchorError(
@@ -146,6 +150,15 @@ def check(args: argparse.Namespace) -> None:
         check_images([name], ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
         find(cfg.MODEL.WEIGHTS)
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    """Refuse numbers with which nothing would be trained."""
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "ACCUMULATION_STEPS"):
+        if cfg.SOLVER[key] < 1:
+            raise FreeAnchorError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}")
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise FreeAnchorError("INPUT.MIN_SIZE_TRAIN is empty: name a size of the shorter side")
 
 
 def _check_pixels(cfg: CfgNode) -> None:
@@ -186,6 +199,18 @@ def _check_test(cfg: CfgNode) -> None:
         raise FreeAnchorError(f"DATASETS.TEST has a data set twice: {', '.join(names)}")
     if cfg.TEST.AUG.ENABLED and not cfg.TEST.AUG.MIN_SIZES:
         raise FreeAnchorError("TEST.AUG.MIN_SIZES is empty: name a size of the shorter side")
+    for expected in cfg.TEST.EXPECTED_RESULTS:
+        match expected:
+            case [str(), str(), int() | float(), int() | float()]:
+                continue
+        raise FreeAnchorError(
+            f"TEST.EXPECTED_RESULTS has {expected!r}: give lists of task, metric, value and "
+            "tolerance, as [['bbox', 'AP', 38.7, 0.1]]"
+        )
+    if cfg.TEST.EXPECTED_RESULTS and len(names) != 1:
+        raise FreeAnchorError(
+            f"TEST.EXPECTED_RESULTS is of one data set, and DATASETS.TEST has {len(names)}"
+        )
     if cfg.MODEL.LOAD_PROPOSALS:
         raise FreeAnchorError(
             "MODEL.LOAD_PROPOSALS: proposals are made here and not read, so leave it out"
@@ -211,6 +236,17 @@ def _check_devices(args: argparse.Namespace) -> None:
             f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, on all of them "
             "that of the first machine and a free port of it"
         )
+
+
+def _holds_run(config: Path) -> bool:
+    return config.is_file() and config.with_name("last_checkpoint").is_file()
+
+
+def keep_config(cfg: CfgNode) -> None:
+    """Write the config of a run that goes on, once it is known to fit the checkpoint."""
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if comm.is_main_process() and _holds_run(path):
+        path.write_text(cfg.dump())
 
 
 def _check_output(output_dir: str) -> None:
@@ -250,9 +286,17 @@ def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Build the config of a launched process, and set up logging as Detectron2 does."""
+    """Build the config of a launched process, and set up logging as Detectron2 does.
+
+    The `config.yaml` of a run that is there already stays: an evaluation may have other values, and
+    a run that goes on has to load first, see :func:`keep_config`.
+    """
     cfg = build_config(args)
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    kept = path.read_bytes() if comm.is_main_process() and _holds_run(path) else None
     default_setup(cfg, args)
+    if kept is not None:
+        path.write_bytes(kept)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -203,7 +204,8 @@ class Trainer(DefaultTrainer):
                 self.after_train()
         results: dict[str, Any] = getattr(self, "_last_eval_results", {})
         if comm.is_main_process():
-            verify_results(self.cfg, results)
+            # A task that was not evaluated has none of the values.
+            verify_results(self.cfg, defaultdict(dict, results))
         if self._checkpoints.problem:
             raise FreeAnchorError(
                 f"The run ended without its checkpoint: {self._checkpoints.problem}"

@@ -8,6 +8,8 @@ MMDetection computes P7 from P6 as it is, LTM without anchors normalises both. T
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
@@ -15,7 +17,39 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["TopBlock", "build_freeanchor_resnet_fpn_backbone", "build_top_block"]
+from ..compat import HAS_COMPILED_OPS
+from ..errors import FreeAnchorError
+
+__all__ = [
+    "TopBlock",
+    "build_freeanchor_resnet_fpn_backbone",
+    "build_top_block",
+    "check_deformable",
+]
+
+
+def check_deformable(cfg: CfgNode, training: bool) -> None:
+    """Refuse deformable convolutions where Detectron2 would do so in the first forward pass.
+
+    Args:
+        cfg: config of the model.
+        training: whether it is to be trained. On a CPU, the plain kind can detect only.
+
+    Raises:
+        FreeAnchorError: the device or this Detectron2 does not have them.
+    """
+    resnets = cfg.MODEL.RESNETS
+    if "resnet" not in cfg.MODEL.BACKBONE.NAME or not any(resnets.DEFORM_ON_PER_STAGE):
+        return
+    is_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    is_simple = not resnets.DEFORM_MODULATED and resnets.DEFORM_NUM_GROUPS == 1
+    if (is_simple and not training) if is_cpu else HAS_COMPILED_OPS:
+        return
+    lacking = "a GPU" if is_cpu else "Detectron2's compiled operators, which are not installed"
+    raise FreeAnchorError(
+        f"MODEL.RESNETS.DEFORM_ON_PER_STAGE {resnets.DEFORM_ON_PER_STAGE}: deformable convolution "
+        f"needs {lacking}"
+    )
 
 
 class TopBlock(LastLevelP6P7):
