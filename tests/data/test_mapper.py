@@ -88,6 +88,16 @@ def test_scale_jitter(cfg, records, scales):
     assert numbers == ({0, 1} if scales[1] > 1 else {1})
 
 
+@pytest.mark.parametrize("image_format", ["RGB", "L", "YUV-BT.601"])
+def test_scale_jitter_pads_with_a_colour(cfg, records, image_format):
+    """One that an image in this format may have: the padding is no brighter than white."""
+    Image.new("RGB", (64, 48), "white").save(records[0]["file_name"])
+    cfg.INPUT.FORMAT, cfg.INPUT.SCALE_JITTER, cfg.INPUT.MAX_SIZE_TRAIN = image_format, (1, 1), 128
+    image = data.Mapper(cfg, is_train=True)(records[0])["image"].float()
+    assert (image[0] <= image[0, 0, 0]).all()
+    assert (image[0] < image[0, 0, 0]).any()
+
+
 @pytest.mark.parametrize("kind", ["polygons", "encoded"])
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_scale_jitter_of_masks(cfg, records, kind, scale):

@@ -138,6 +138,19 @@ def test_second_run_into_a_folder(tiny):
     assert "Starting training from iteration 2" in log(output)
 
 
+def test_run_that_was_moved(tiny, train_net, tmp_path):
+    """Its config names the folder where it was: --resume does not start anew there."""
+    moved = tmp_path / "moved"
+    tiny("SOLVER.MAX_ITER", "1").rename(moved)
+    triple = ["tiny", tmp_path / "data" / "train.json", tmp_path / "data" / "images"]
+    options = ["--resume", "--dataset", *triple, "SOLVER.MAX_ITER", "2"]
+    with pytest.raises(SystemExit, match=f"no checkpoint in .*: add OUTPUT_DIR {moved}$"):
+        train_net(*options, config=moved / "config.yaml")
+    assert not (tmp_path / "output").exists()
+    train_net(*options, "OUTPUT_DIR", moved, config=moved / "config.yaml")
+    assert "Starting training from iteration 1" in log(moved)
+
+
 def test_config_of_a_run_stays(tiny):
     """Through evaluations with other values and a --resume that is refused, until one goes on.
 

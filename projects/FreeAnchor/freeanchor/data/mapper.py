@@ -172,6 +172,8 @@ def _with_scale_jitter(cfg: CfgNode, augmentations: list[T.Augmentation]) -> lis
             f"INPUT.SCALE_JITTER must be two scales, the smaller first, got {scales}"
         )
     crop = T.FixedSizeCrop((size, size))
+    if cfg.INPUT.FORMAT == "YUV-BT.601":  # whose values are up to 1: black for Detectron2's grey
+        crop.pad_value = 0.0
     crop.seg_pad_value = 0  # 255 in Detectron2's main branch: the padding would be of each mask
     jitter = [T.ResizeScale(*scales, size, size), crop]
     result: list[T.Augmentation] = []

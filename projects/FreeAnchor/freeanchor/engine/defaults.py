@@ -144,7 +144,9 @@ def check(args: argparse.Namespace) -> None:
     _check_pixels(cfg)
     _check_stages(cfg)
     _check_test(cfg)
-    if not args.eval_only and not args.resume:
+    if args.resume:
+        _check_place(args, cfg.OUTPUT_DIR)
+    elif not args.eval_only:
         _check_output(cfg.OUTPUT_DIR)
     for name in _dataset_names(cfg, args):
         check_images([name], ImageReader.from_config(cfg))
@@ -247,6 +249,17 @@ def keep_config(cfg: CfgNode) -> None:
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and _holds_run(path):
         path.write_text(cfg.dump())
+
+
+def _check_place(args: argparse.Namespace, output_dir: str) -> None:
+    """Refuse to start anew beside the run that is meant: moved, or seen from another folder."""
+    config = Path(args.config_file)
+    is_new = not (Path(output_dir) / "last_checkpoint").is_file()
+    if is_new and _holds_run(config) and "OUTPUT_DIR" not in args.opts:
+        raise FreeAnchorError(
+            f"--resume: there is no checkpoint in {output_dir}, the OUTPUT_DIR of {config}, but "
+            f"beside that file: add OUTPUT_DIR {config.parent}"
+        )
 
 
 def _check_output(output_dir: str) -> None:
