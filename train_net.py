@@ -36,10 +36,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg, cfg.OUTPUT_DIR)
-        resume = args.resume and checkpointer.has_checkpoint()
-        checkpointer.load(
-            checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS, checkpointables=[]
-        )
+        last = checkpointer.get_checkpoint_file() if args.resume else ""
+        checkpointer.load(last or cfg.MODEL.WEIGHTS, checkpointables=[])
         export(args, cfg, model)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

@@ -23,10 +23,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from freeanchor import data
+from freeanchor.checkpoint import write_checkpoint
 from freeanchor.engine import Trainer
 from freeanchor.engine.optimizer import build_optimizer
 from freeanchor.engine.processes import join_others
 from freeanchor.engine.step import TrainStep, without_ddp
+from freeanchor.errors import FreeAnchorError
 from tiny_run import TINY_MODEL
 
 # Objects in each image of a batch: its processes get every second or third.
@@ -153,19 +155,42 @@ def evaluation(triple):
     return {task: {k: repr(v) for k, v in x.items()} for task, x in results.items()}
 
 
-def evaluated_statistics(triple):
-    """A running mean of the model that this process evaluates in a training."""
+def trainer_of(triple, name=""):
+    """A trainer of a tiny model, with a folder for each process."""
     data.register_datasets([triple])
     cfg = quick_cfg()
     cfg.merge_from_list(TINY_MODEL)
-    cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR = (triple[0],), str(Path(triple[1]).parent / "output")
+    folder = Path(triple[1]).parent / f"of {comm.get_rank()}"
+    folder.mkdir(exist_ok=True)
+    cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = (triple[0],), str(folder), name
     cfg.DATALOADER.NUM_WORKERS = 0
-    trainer = Trainer(cfg)
+    return Trainer(cfg), folder
+
+
+def evaluated_statistics(triple):
+    """A running mean of the model that this process evaluates in a training."""
+    trainer, _ = trainer_of(triple)
     (hook,) = (x for x in trainer._hooks if isinstance(x, EvalHook))
     statistics = without_ddp(trainer.model).backbone.fpn_lateral3.norm.running_mean
     statistics.fill_(comm.get_rank())
     trainer.test = lambda _, model: statistics.mean().item()
     return hook._func()
+
+
+def loaded(triple, names, resume=False):
+    """What is said when processes load from different folders, and where the training starts."""
+    trainer, folder = trainer_of(triple)
+    if names[comm.get_rank()]:
+        state = without_ddp(trainer.model).state_dict()
+        bias = {"head.cls_score.bias": state["head.cls_score.bias"] + comm.get_rank()}
+        write_checkpoint(folder / names[comm.get_rank()], {**state, **bias}, {})
+    if not resume:
+        trainer, _ = trainer_of(triple, str(folder / names[comm.get_rank()]))
+    try:
+        trainer.resume_or_load(resume)
+    except FreeAnchorError as e:
+        return str(e)
+    return trainer.start_iter
 
 
 def compare_ltm(config):
@@ -219,6 +244,9 @@ def main(folder):
     triple = ("shapes", str(folder / "val.json"), str(folder / "images"))
     results["evaluation"] = [fork(evaluation, count, triple)[0] for count in (1, 2, 3)]
     results["statistics"] = fork(evaluated_statistics, 2, triple)
+    results["weights"] = fork(loaded, 2, triple, ("a.pth", "b.pth"))
+    # Newest on the second process alone: it starts anew like the first.
+    results["resumed"] = fork(loaded, 2, triple, ("", "model_final.pth"), True)
     print(json.dumps(results))
 
 

@@ -80,6 +80,12 @@ def test_processes_evaluate_one_model(results):
     assert results["statistics"] == [0, 0]
 
 
+def test_processes_load_the_same(results):
+    """Where a folder is not shared, they agree on what is there, or say that they differ."""
+    assert all("have loaded different weights" in x for x in results["weights"])
+    assert results["resumed"] == [0, 0]
+
+
 def test_slurm_variables():
     """A step of several tasks gets torchrun's variables; a batch script or one task does not."""
     step = {

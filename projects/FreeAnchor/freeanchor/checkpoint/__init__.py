@@ -15,6 +15,7 @@ from .files import (
 )
 from .thresholds import (
     Thresholds,
+    checksum,
     copy_thresholds,
     describe_scores,
     read_thresholds,
@@ -25,6 +26,7 @@ __all__ = [
     "Checkpointer",
     "Converted",
     "Thresholds",
+    "checksum",
     "class_config",
     "config_beside",
     "convert",

@@ -116,7 +116,7 @@ class Checkpointer(DetectionCheckpointer):
         return bool(self._candidates())
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint that is whole, the same on all processes.
+        """The newest checkpoint that is whole, the same on all processes; empty without any.
 
         Raises:
             FileError: there are checkpoints, and all of them are damaged.
@@ -155,9 +155,9 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             FileError: see :meth:`load` and :meth:`load_start`.
         """
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file())
-        return self.load_start(path)
+        # Each process would look into its own OUTPUT_DIR, if machines do not share it.
+        last = self.get_checkpoint_file() if resume else ""
+        return self.load(last) if last else self.load_start(path)
 
     def load_start(self, path: str, checkpointables: Sequence[str] | None = ()) -> dict[str, Any]:
         """Load the weights that training starts from: of a backbone or of a detector.

@@ -20,6 +20,7 @@ from .files import replacing
 
 __all__ = [
     "Thresholds",
+    "checksum",
     "copy_thresholds",
     "describe_scores",
     "read_thresholds",
@@ -75,7 +76,7 @@ def write_thresholds(
         FileError: the file cannot be read or written.
     """
     path = Path(folder) / _FILE
-    entries = {**_read(path), _checksum(state): thresholds}
+    entries = {**_read(path), checksum(state): thresholds}
     content = {key: value._asdict() for key, value in entries.items()}
     with replacing(path) as f:
         f.write(json.dumps(content, indent=1).encode())
@@ -92,7 +93,7 @@ def read_thresholds(folder: str | Path, state: Mapping[str, Tensor]) -> Threshol
         FileError: the file is damaged.
     """
     entries = _read(Path(folder) / _FILE)
-    return entries.get(_checksum(state)) if entries else None
+    return entries.get(checksum(state)) if entries else None
 
 
 def copy_thresholds(source: str | Path, target: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -123,7 +124,7 @@ def _read(path: Path) -> dict[str, Thresholds]:
     return entries
 
 
-def _checksum(state: Mapping[str, Tensor]) -> str:
+def checksum(state: Mapping[str, Tensor]) -> str:
     """Of the values, under whatever order of the names; batch norm's counters do not count."""
     digest = hashlib.sha256()
     # torch.compile puts a name of its own before those of what it compiled.

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import Checkpointer, Thresholds, write_thresholds
+from ..checkpoint import Checkpointer, Thresholds, checksum, write_thresholds
 from ..data import ImageReader, Mapper, load_training_set
 from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
@@ -85,10 +85,12 @@ class Trainer(DefaultTrainer):
 
         Raises:
             FileError: see :class:`freeanchor.checkpoint.Checkpointer`.
+            FreeAnchorError: processes have loaded different files.
         """
         self._lacking: list[str] = []
         self._resumed = False
         content = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self._check_weights()
         ema = self._trainer.ema
         is_new_average = ema is not None and ema.n_averaged == 0
         if ema is not None and is_new_average:
@@ -113,6 +115,17 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 f"{self.checkpointer.path} does not hold {', '.join(self._lacking)}, which start "
                 "anew: the run is not identical to an uninterrupted one"
+            )
+
+    def _check_weights(self) -> None:
+        """Compare what the processes have loaded, which nothing would make equal later."""
+        if comm.get_world_size() == 1:
+            return
+        weights = checksum(without_ddp(self.model).state_dict())
+        if len(set(comm.all_gather((self.start_iter, weights)))) > 1:
+            raise FreeAnchorError(
+                "The processes have loaded different weights: OUTPUT_DIR and the file of "
+                "MODEL.WEIGHTS must be the same on all machines"
             )
 
     def state_dict(self) -> dict[str, Any]:
