@@ -37,7 +37,8 @@ def config(**keys):
     cfg = quick_cfg()
     cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.NUM_WORKERS = False, 0
     for key, value in keys.items():
-        (cfg.SOLVER if key == "IMS_PER_BATCH" else cfg.DATALOADER)[key] = value
+        node = "SOLVER" if key == "IMS_PER_BATCH" else "DATALOADER"
+        cfg.merge_from_list([f"{node}.{key}", value])
     return cfg
 
 

@@ -115,6 +115,10 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     # that loads data, before it is an error.
     cfg.DATALOADER.MAX_BROKEN_IMAGES = 10
 
+    # Detectron2 0.6 has the sampler RandomSubsetTrainingSampler, but not its key.
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+
     # What makes the step: "SGD", Detectron2's, or "AdamW", which wants a lower learning rate.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of the network under the pyramid, as a multiple of that of all else.
