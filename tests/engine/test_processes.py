@@ -12,8 +12,10 @@ from freeanchor.engine.processes import adopt_slurm
 
 HERE = Path(__file__).parent
 LTM_CASES = ("apart", "no objects", "shared", "shared, in bags", "shared, in parts")
+# What is there already may be a checkout of Detectron2 to test with.
+PATHS = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
 # For processes that share two cores with others.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 @pytest.fixture(scope="module")

@@ -166,13 +166,14 @@ def test_weights_that_are_not_there(train_net, data_options, tmp_path):
     """They are missed before a model is built, also by training."""
     register, names = data_options
     output = tmp_path / "output"
-    for extra in ((), ("--eval-only",)):
-        with pytest.raises(SystemExit, match=r"train_net\.py: There is no file nowhere\.pth"):
-            train_net(
-                *extra, *register, *names, "MODEL.WEIGHTS", "nowhere.pth", "OUTPUT_DIR", output
-            )
-        forget("train")
-        forget("val")
+    said = {"nowhere.pth": "There is no file nowhere.pth", str(tmp_path): f"{tmp_path} is a folder"}
+    for weights, expected in said.items():
+        for extra in ((), ("--eval-only",)):
+            options = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+            with pytest.raises(SystemExit, match=f"train_net.py: {expected}"):
+                train_net(*extra, *register, *names, *options)
+            forget("train")
+            forget("val")
     assert not output.exists()
 
 

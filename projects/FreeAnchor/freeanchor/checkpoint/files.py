@@ -77,6 +77,8 @@ def find(path: str) -> str:
         raise
     except Exception as e:  # of the catalogue, the network or the disk
         raise FileError(f"{path} cannot be found: {e}") from e
+    if os.path.isdir(local):
+        raise FileError(f"{local} is a folder: name the file with the weights in it")
     if not os.path.isfile(local):
         raise FileError(f"There is no file {local}")
     return local
