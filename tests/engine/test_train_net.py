@@ -338,6 +338,20 @@ def test_options_that_do_not_go_together(train_net, data_options, tmp_path, opti
     assert not output.exists()
 
 
+def test_ctrl_c_in_an_evaluation(train_net, data_options, run_folder, monkeypatch, tmp_path):
+    """There is nothing to save: it ends with the status of a training that is stopped."""
+
+    def evaluate(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", evaluate)
+    register, names = data_options
+    options = ["MODEL.WEIGHTS", run_folder / "model_final.pth", "OUTPUT_DIR", tmp_path / "output"]
+    with pytest.raises(SystemExit) as status:
+        train_net("--eval-only", *register, *names, *TINY, *options)
+    assert status.value.code == 130
+
+
 def test_eval_only_without_weights(train_net, data_options):
     """AP of a random model is not what was asked for."""
     register, names = data_options

@@ -1,6 +1,7 @@
 """What the commands and `train_net.py` share. It imports nothing heavy, for a quick --help."""
 
 import argparse
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,8 +41,13 @@ def add_options_argument(parser: argparse.ArgumentParser, what: str) -> None:
 
 @contextmanager
 def one_sentence(program: str) -> Iterator[None]:
-    """End the program with the message of an error that is the user's to mend, and status 1."""
+    """End the program with the message of an error that is the user's to mend, and status 1.
+
+    Ctrl-C ends it with the status that shells have for it.
+    """
     try:
         yield
+    except KeyboardInterrupt as e:
+        raise SystemExit(128 + signal.SIGINT) from e
     except FreeAnchorError as e:
         raise SystemExit(f"{program}: {e}") from e
