@@ -35,10 +35,10 @@ PNG = {"Content-Type": "image/png"}
 
 
 @contextlib.contextmanager
-def serving(predictor, limits=LIMITS, token=""):
+def serving(predictor, limits=LIMITS, token="", is_ending=lambda: False):
     """A server in a thread; its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=200) as bound:
-        app = make_app(predictor, 0.5, limits, token)
+        app = make_app(predictor, 0.5, limits, token, is_ending)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
@@ -322,6 +322,52 @@ def test_full_queue():
         assert send(port, encode(NOISE))[0] == 200
 
 
+def test_end_while_pictures_wait():
+    """The one that is computed is answered; who waits is sent away in the words of the API."""
+    model, ending = Slow(), threading.Event()
+    with serving(model, is_ending=ending.is_set) as port:
+        first, results = in_thread(send, port, encode(NOISE))
+        assert model.is_called.wait(30)
+        second, others = in_thread(send, port, encode(NOISE))
+        while json.loads(ask(port, "GET", "/health")[2])["queue"] < 2:
+            time.sleep(0.01)
+        ending.set()
+        model.may_go_on.set()
+        first.join()
+        second.join()
+        assert results[0][0] == 200
+        status, answer, headers = others[0]
+        assert status == 503
+        assert answer == {"error": "The server is being shut down"}
+        assert int(headers["Retry-After"]) >= 1
+
+
+def test_interrupted(predictor, monkeypatch):
+    """Ctrl-C ends the command, as it says, and not with a traceback."""
+
+    def run(server, sockets):
+        server.should_exit = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve(lambda: predictor, 0.5, "127.0.0.1", 0, LIMITS)
+
+
+def test_description(port):
+    """/openapi.json says what is to be sent, and how refusals look."""
+    api = json.loads(ask(port, "GET", "/openapi.json")[2])
+    for path in ("/api/detect", "/api/bag"):
+        operation = api["paths"][path]["post"]
+        body = operation["requestBody"]
+        assert body["required"]
+        assert [*body["content"]] == ["image/jpeg", "image/png", "image/webp"]
+        assert operation["responses"].keys() == {"200", "default"}
+        refused = operation["responses"]["default"]["content"]["application/json"]["schema"]
+        status, answer, _ = send(port, b"", path)
+        assert status >= 400
+        assert [*answer] == refused["required"]
+
+
 def test_client_that_leaves():
     """What it waited for is not computed, and the next one is served."""
     model = Slow()
@@ -445,6 +491,20 @@ def test_first_score(predictor, monkeypatch, capsys):
         (app,) = apps
         (route,) = [x for x in app.routes if x.path == "/api/model"]
         assert asyncio.run(route.endpoint())["score"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "least"), [([], 0.05), (["--confidence", "0"], 0), (["--confidence", "0.3"], 0.05)]
+)
+def test_least_score(run_folder, monkeypatch, given, least):
+    """There are detections from where the slider begins."""
+    apps = []
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda server, sockets: apps.append(server.config.app)
+    )
+    main(["serve", str(run_folder), "--port", "0", *given])
+    (route,) = [x for x in apps[0].routes if x.path == "/api/model"]
+    assert asyncio.run(route.endpoint())["least_score"] == least
 
 
 def test_command(run_folder, monkeypatch):

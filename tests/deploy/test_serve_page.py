@@ -74,6 +74,18 @@ def test_pictures_are_dropped(shown, predictor, images):
     assert [a - b for a, b in zip(drawn, labels)] == expected
 
 
+def test_names_say_nothing(browser, port, images, tmp_path):
+    """A picture without a suffix is shown, and a text is told to be no picture."""
+    browser.open(f"http://127.0.0.1:{port}/")
+    (tmp_path / "picture").write_bytes(encode(images[0]))
+    (tmp_path / "notes.txt").write_text("not a picture")
+    drop(browser, tmp_path / "picture", tmp_path / "notes.txt")
+    browser.wait("document.getElementById('status').textContent.includes('done')")
+    errors = "[...document.querySelectorAll('#errors li')].map((x) => x.textContent)"
+    assert browser.run(errors) == ["notes.txt: The file is no JPEG, PNG or WEBP picture"]
+    assert browser.run("document.querySelectorAll('svg').length") == 1
+
+
 def slide(browser, value):
     browser.run(
         f"(x => {{x.value = {value}; x.dispatchEvent(new Event('input'))}})"

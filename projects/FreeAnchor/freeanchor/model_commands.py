@@ -108,11 +108,13 @@ def _serve(args: argparse.Namespace) -> None:
         rate=args.rate,
     )
 
+    score = LEAST_SCORE if args.confidence is None else min(LEAST_SCORE, args.confidence)
+
     def load() -> Predictor:
         return Predictor(
             args.model,
             args.weights,
-            confidence=min(LEAST_SCORE, args.confidence or LEAST_SCORE),
+            confidence=score,
             device=args.device,
             options=args.opts,
         )

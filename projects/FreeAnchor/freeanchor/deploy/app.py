@@ -35,7 +35,7 @@ from ..modeling import has_bags, match_inputs
 from ..visualization import VIEWER, make_page, read_asset
 from .outputs import encode_masks
 from .predictor import Predictor
-from .uploads import Gate, Limits, RefusedError, decode_picture, read_body
+from .uploads import ACCEPTED, Gate, Limits, RefusedError, decode_picture, read_body
 
 __all__ = ["make_app"]
 
@@ -47,6 +47,30 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _STUCK_SECONDS = 300
 # A form of another site may send these without asking first whether it may.
 _SIMPLE_TYPES = ("", "text/plain", "multipart/form-data", "application/x-www-form-urlencoded")
+# Of the description of the API: FastAPI does not see that a body is read, nor how one is refused.
+_PICTURE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            f"image/{kind.lower()}": {"schema": {"type": "string", "format": "binary"}}
+            for kind in ACCEPTED
+        },
+    }
+}
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "Refused, with the reason",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"error": {"type": "string"}},
+                    "required": ["error"],
+                }
+            }
+        },
+    }
+}
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -197,7 +221,13 @@ class _Guard:
         await app(scope, receive, send_on)
 
 
-def make_app(predictor: Predictor, score: float, limits: Limits, token: str = "") -> FastAPI:
+def make_app(
+    predictor: Predictor,
+    score: float,
+    limits: Limits,
+    token: str = "",
+    is_ending: Callable[[], bool] = lambda: False,
+) -> FastAPI:
     """Build the application.
 
     Args:
@@ -205,6 +235,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
         score: where the slider of the page begins.
         limits: of what is accepted.
         token: that requests must have; without one, they must be for this machine by its name.
+        is_ending: whether the server was told to end: who waits then is sent away.
 
     Raises:
         FreeAnchorError: the model sees more of a picture than its colours.
@@ -215,7 +246,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
             f"INPUT.FORMAT {image_format}: the page shows pictures in three colours, and the model "
             "would find something else than in their files; `freeanchor predict` reads them whole"
         )
-    app = FastAPI(title="FreeAnchor", docs_url=None, redoc_url=None)
+    app = FastAPI(title="FreeAnchor", docs_url=None, redoc_url=None, responses=_REFUSED)
     gate = Gate(limits)
     metrics = _Metrics(gate)
     worker = ThreadPoolExecutor(1, "model")
@@ -255,6 +286,8 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
         async with gate.place():
             content = await read_body(request.stream(), limits)
             async with gate.turn():
+                if is_ending():
+                    raise RefusedError(503, "ending", "The server is being shut down", 10)
                 if await request.is_disconnected():
                     raise RefusedError(499, "left", "The client has left")
                 metrics.seconds.labels("wait").observe(time.monotonic() - start)
@@ -300,7 +333,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
             "limits": limits._asdict(),
         }
 
-    @app.post("/api/detect")
+    @app.post("/api/detect", openapi_extra=_PICTURE)
     async def detect_in(request: Request) -> dict[str, Any]:
         """Detect in the picture that is the body."""
         result = await serve(request, lambda pixels: detect(predictor, pixels))
@@ -311,7 +344,7 @@ def make_app(predictor: Predictor, score: float, limits: Limits, token: str = ""
     side = Annotated[float, Query(ge=1, allow_inf_nan=False)]
     category = Annotated[int, Query(ge=1, le=len(predictor.class_names))]
 
-    @app.post("/api/bag")
+    @app.post("/api/bag", openapi_extra=_PICTURE)
     async def bag_in(
         request: Request,
         x: number,

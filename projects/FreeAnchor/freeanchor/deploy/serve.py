@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..checkpoint import describe_scores
 from ..errors import FreeAnchorError
@@ -84,7 +85,7 @@ def serve(
         elif score is None:
             score, reason = CONFIDENCE, NONE_RECOMMENDED
         print(f"The slider of the scores begins at {describe_scores(score, reason)}", flush=True)
-        app = make_app(predictor, score, limits, token)
+        app = make_app(predictor, score, limits, token, lambda: server.should_exit)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{bound.getsockname()[1]}/"
         print(f"The page is {address}{f'#token={token}' if token else ''}", flush=True)
@@ -99,4 +100,6 @@ def serve(
             limit_concurrency=_MOST_CONNECTIONS,
             timeout_graceful_shutdown=10,
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        server = uvicorn.Server(config)
+        with suppress(KeyboardInterrupt):  # which uvicorn hands on when it has ended
+            server.run(sockets=[bound])

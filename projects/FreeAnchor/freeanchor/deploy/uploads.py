@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ..data import ImageReader
 
-__all__ = ["Gate", "Limits", "RefusedError", "decode_picture", "read_body"]
+__all__ = ["ACCEPTED", "Gate", "Limits", "RefusedError", "decode_picture", "read_body"]
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # what browsers show
+ACCEPTED = ("JPEG", "PNG", "WEBP")  # what browsers show
 _MOST_SLENDER = 50  # longer over shorter side
 _MOST_ADDRESSES = 10_000  # whose rates are remembered
 
@@ -166,7 +166,7 @@ def decode_picture(content: bytes, max_pixels: int, reader: ImageReader) -> NDAr
         RefusedError: it is something else, damaged, too large or too slender.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=ACCEPTED) as picture:
             _check_size(*picture.size, max_pixels)
             return np.ascontiguousarray(reader.convert(picture))
     except RefusedError:
@@ -176,7 +176,7 @@ def decode_picture(content: bytes, max_pixels: int, reader: ImageReader) -> NDAr
             413, "pixels", f"The picture has too many pixels, of {max_pixels}"
         ) from e
     except UnidentifiedImageError as e:
-        message = f"The file is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} picture"
+        message = f"The file is no {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]} picture"
         raise RefusedError(415, "type", message) from e
     except Exception as e:  # Pillow's decoders raise many kinds
         raise RefusedError(422, "damaged", f"The picture cannot be read: {e}") from e

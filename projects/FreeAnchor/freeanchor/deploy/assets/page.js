@@ -39,8 +39,11 @@
     }
   }
 
+  /* The browser's type of a file is that of its name: what it is, the server finds out. */
   const send = (path, file) =>
-    ask(path, { method: "POST", body: file, headers: { "Content-Type": file.type } });
+    ask(path, {
+      method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" },
+    });
 
   async function bag(image, run, box) {
     const query = new URLSearchParams({
