@@ -308,3 +308,42 @@ def test_thresholds_of_classes_and_the_most_detections(run_folder, images, tmp_p
         assert (b.scores > many.thresholds[b.pred_classes]).all()
     assert any(len(x) > 20 for x in many(images))
     assert few.model.max_detections_per_image == 20
+
+
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
+def test_thresholds_of_classes_and_the_most_masks(images, tmp_path, monkeypatch, heads):
+    """So it is in two stages, which make no masks of what is below the threshold of its class."""
+    cfg = quick_cfg("quick/mask_rcnn_free_anchor_R_18_FPN.yaml")
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 60
+    cfg.MODEL.ROI_HEADS.NAME = heads
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = heads == "CascadeROIHeads"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    write_checkpoint(tmp_path / "model_final.pth", model.state_dict(), {})
+    all_of = ["TEST.DETECTIONS_PER_IMAGE", "-1"]
+    (found,) = Predictor(tmp_path, confidence=0, device="cpu", options=all_of)(images[:1])
+    # Half of the detections of the class with the highest scores, and all others, are too low.
+    label = int(found.pred_classes[0])
+    scores = {f"class {i}": 0.99 for i in range(3)}
+    scores[f"class {(label + 1) % 3}"] = 0.001
+    scores[f"class {label}"] = found.scores[found.pred_classes == label].median().item()
+    write_thresholds(tmp_path, model.state_dict(), Thresholds("d", 0.5, scores))
+    few, many = (
+        Predictor(tmp_path, device="cpu", options=["TEST.DETECTIONS_PER_IMAGE", number])
+        for number in ("20", "-1")
+    )
+    with_masks = []
+    forward_mask = type(few.model.roi_heads)._forward_mask
+
+    def count(self, features, found):
+        with_masks.append(sum(map(len, found)))
+        return forward_mask(self, features, found)
+
+    monkeypatch.setattr(type(few.model.roi_heads), "_forward_mask", count)
+    for a, b in zip(few(images), many(images), strict=True):
+        assert_same(a, b[:20])
+        assert (b.scores > many.thresholds[b.pred_classes]).all()
+    assert max(with_masks) > 20
+    assert [*map(len, few(images))] == with_masks[-len(images) :] == [20] * len(images)

@@ -217,28 +217,30 @@ class Predictor:
             with self._lock, self._unlimited():
                 outputs = self._run([batch[i].input for i in group])
             for i, output in zip(group, outputs, strict=True):
-                instances = output["instances"].to("cpu")
-                instances = instances[instances.scores > self.thresholds[instances.pred_classes]]
-                limit = getattr(self.model, "max_detections_per_image", None)
-                found[i] = instances[:limit]
+                found[i] = self._best(output["instances"].to("cpu"))
         return [found[i] for i in range(len(batch))]
+
+    def _best(self, found: Instances) -> Instances:
+        """Those above the thresholds of their classes, and no more than an image may have."""
+        of_class = self.thresholds.to(found.scores.device)[found.pred_classes]
+        return found[found.scores > of_class][: self._most]
 
     @contextmanager
     def _unlimited(self) -> Iterator[None]:
         """Let a model have as many detections as it finds, where thresholds differ.
 
-        Those below the threshold of their class would take the places of others. Not of two stages,
-        which would make masks of all.
+        Those below the threshold of their class would take the places of others.
         """
-        limit = getattr(self.model, "max_detections_per_image", None)
-        if limit is None or bool((self.thresholds == self.confidence).all()):
+        if bool((self.thresholds == self.confidence).all()):
             yield
             return
-        self.model.max_detections_per_image = sys.maxsize
+        for part in self._scored_parts():
+            setattr(part, self._limit, sys.maxsize)
         try:
             yield
         finally:
-            self.model.max_detections_per_image = limit
+            for part in self._scored_parts():
+                setattr(part, self._limit, self._most)
 
     def _set_thresholds(self, confidence: float | None, aug: bool) -> None:
         folder = Path(find(self.cfg.MODEL.WEIGHTS)).parent
@@ -260,8 +262,18 @@ class Predictor:
             else [self._scores] * len(self.class_names)
         )
         self.thresholds, self.confidence = torch.tensor(of_class), min(of_class)
+        self._limit = "max_detections_per_image"
+        if is_two_stage(self.cfg):
+            self._limit = "test_topk_per_image"
+            heads: Any = self.model.roi_heads
+            of_boxes = heads.forward_with_given_boxes  # masks, of those alone that are handed out
+            heads.forward_with_given_boxes = lambda features, found: of_boxes(
+                features, [self._best(x) for x in found]
+            )
         for part in self._scored_parts():
             part.test_score_thresh = self.confidence
+            most = getattr(part, self._limit)
+            self._most = most if most >= 0 else sys.maxsize  # as ROI heads have it
         scored_part(self.cfg)[1].SCORE_THRESH_TEST = self.confidence
         self.cfg.freeze()
 
