@@ -262,3 +262,11 @@ def test_drawing(box):
     assert drawn.shape == image.shape
     assert not image.any()
     assert drawn.any()
+
+
+def test_names_in_any_script():
+    """Classes can be told apart by their labels, also where no font has the letters."""
+    image = np.zeros((60, 300, 3), np.uint8)
+    names = ["细胞", "血球", "a\nb", "a b"]
+    drawn = [draw_boxes(image, some_instances((10.0, 20.0, 200.0, 50.0)), [x]) for x in names]
+    assert len({x.tobytes() for x in drawn}) == len(names)

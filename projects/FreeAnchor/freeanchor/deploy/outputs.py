@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import cv2
-import matplotlib
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
@@ -19,7 +18,7 @@ from pycocotools import mask as mask_api
 
 from ..data import encode_mask
 from ..errors import FreeAnchorError
-from ..visualization import overlay_masks
+from ..visualization import find_font, overlay_masks
 
 __all__ = ["WRITERS", "Detected", "draw_boxes", "encode_masks"]
 
@@ -281,14 +280,12 @@ def draw_boxes(
     image = Image.fromarray(rgb)
     draw = ImageDraw.Draw(image)
     size = max(10, min(image.size) // 40)
-    font = ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size
-    )
     colors = colormap(rgb=True, maximum=255).astype(int).tolist()
     for box, score, index in reversed(_rows(instances)):  # the surest on top
         color = tuple(colors[index % len(colors)])
         draw.rectangle(box, outline=color, width=max(1, size // 6))
-        label = f"{class_names[index]} {score:.0%}"
+        file, label = find_font(f"{class_names[index]} {score:.0%}")
+        font = ImageFont.truetype(file, size)
         width = draw.textlength(label, font)
         # Above the box where there is room, and always within the picture.
         x = max(0.0, min(box[0], image.width - width))

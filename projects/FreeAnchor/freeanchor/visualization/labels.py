@@ -7,7 +7,7 @@ from matplotlib import font_manager
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 
-__all__ = ["make_legible"]
+__all__ = ["find_font", "make_legible"]
 
 
 @cache
@@ -35,8 +35,28 @@ def make_legible(texts: Iterable[Text]) -> None:
     for text in texts:
         text.set_parse_math(False)
         text.set_fontfamily(families)
-        text.set_text(
-            "".join(
-                c.encode("unicode_escape").decode() if c in lacking else c for c in text.get_text()
-            )
-        )
+        text.set_text(_escape(text.get_text(), lacking))
+
+
+@cache
+def find_font(text: str) -> tuple[str, str]:
+    """A font for libraries that draw a text by one alone, and the text as it can be drawn by it.
+
+    Args:
+        text: a line.
+
+    Returns:
+        The file of the usual font, or of that of the system that draws the most of the text where
+        it lacks letters; and the text, with what is lacking escaped as in Python.
+    """
+    usual = font_manager.findfont(FontProperties(family=["sans-serif"]))
+    fonts = [usual]
+    if set(text) - _characters(usual):
+        fonts += [font.fname for font in font_manager.fontManager.ttflist]
+    # Of equals the first.
+    best = min(fonts, key=lambda font: len(set(text) - _characters(font)))
+    return best, _escape(text, set(text) - _characters(best))
+
+
+def _escape(text: str, lacking: set[str]) -> str:
+    return "".join(c.encode("unicode_escape").decode() if c in lacking else c for c in text)
