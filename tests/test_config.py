@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import QUICK, REPOSITORY
 from detectron2.checkpoint.catalog import ModelCatalog
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from freeanchor import FreeAnchor, model_zoo
 from freeanchor.checkpoint import catalog
-from freeanchor.config import read_config
+from freeanchor.config import CONFIGS, read_config
 from freeanchor.errors import FileError
 from freeanchor.modeling import LTM, FreeAnchorRPN
 from iopath.common.file_io import HTTPURLHandler
@@ -259,6 +259,15 @@ def test_bad_configs(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(FileError, match=rf"(?s)bad\.yaml.*{message}"):
         read_config(path)
+
+
+def test_lazyconfigs(tmp_path):
+    """They are named as what they are, and nobody is told to load their Python objects."""
+    source = CONFIGS / "lazy" / "free_anchor_R_50_FPN_1x.py"
+    LazyConfig.save(LazyConfig.load(str(source)), str(tmp_path / "config.yaml"))
+    for path in (source, tmp_path / "config.yaml"):
+        with pytest.raises(FileError, match=rf"{path.name} is a LazyConfig: give a yaml"):
+            read_config(path)
 
 
 def test_missing_config(tmp_path):

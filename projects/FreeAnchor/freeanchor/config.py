@@ -6,6 +6,7 @@ variable, because a config could set a config key.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,14 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
     """Merge a yaml file into a config, like `cfg.merge_from_file` but never by unsafe loading.
 
     Raises:
-        FileError: the file is not there or no yaml, holds Python objects or unknown keys, has a
-            `_BASE_` from the net, or makes Detectron2 read pickles.
+        FileError: the file is not there or no yaml, a LazyConfig, holds Python objects or unknown
+            keys, has a `_BASE_` from the net, or makes Detectron2 read pickles.
     """
+    if _is_lazy(Path(path)):
+        raise FileError(
+            f"{path} is a LazyConfig: give a yaml config of the same model, and the weights with "
+            "it, see docs/lazyconfig.md"
+        )
     if not is_unsafe_allowed():
         _check_bases(str(path), ())
     try:
@@ -206,6 +212,16 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
             f"{path}: MODEL.LOAD_PROPOSALS has Detectron2 read pickles, which could run code; "
             "FreeAnchor needs no proposals, so leave it out"
         )
+
+
+def _is_lazy(path: Path) -> bool:
+    """Whether a file is a LazyConfig: its Python, or what Detectron2's trainer writes of it."""
+    if path.suffix == ".py":
+        return path.is_file()
+    try:
+        return re.search(r"^\s*_target_:", path.read_text(encoding="utf-8"), re.M) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _check_bases(path: str, seen: tuple[str, ...]) -> None:
