@@ -380,6 +380,18 @@ def test_what_could_mean_two_things(content, read, spoil, expected):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("names", "said"), [(("cat", "Cat "), True), (("cat", "cats"), False)])
+def test_names_that_differ_in_case_alone(content, read, names, said):
+    """They stay classes of their own, which is said."""
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    content["annotations"] = []
+    file, _ = read(content)
+    assert tuple(file.class_names) == names
+    lines = file.findings.lines()
+    assert len(lines) == said
+    assert not said or lines[0].endswith("of their own ('Cat ' from 'cat')")
+
+
 def test_names_that_are_numbers(content, read):
     """They are written as text; two that are then the same are refused."""
     content["categories"][0]["name"] = 7

@@ -72,6 +72,19 @@ def test_voc(voc, tmp_path, capsys, source):
     assert found["val"] == {"c.d.jpg": [("ant", [9.0, 9.0, 3.0, 31.0], 0)]}
 
 
+def test_boxes_that_leave_their_image(tmp_path):
+    """They end where it does on every side, as in training: evaluation then asks for no more."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg")
+    (tmp_path / "classes.txt").write_text("ant\n")
+    boxes = (0, 0, 20, 20), (60, 44, 20, 20), (100, 20, 10, 10)  # centre, width, height
+    lines = [" ".join(["0", *(str(v / s) for v, s in zip(b, (64, 48) * 2))]) for b in boxes]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    data.import_yolo(tmp_path, tmp_path / "out.json")
+    _, found = read(tmp_path / "out.json", tmp_path)
+    inside = [[round(v, 2) for v in box] for _, box, _ in found["a.jpg"]]
+    assert inside == [[0, 0, 10, 10], [50, 34, 14, 14]]
+
+
 def test_imported_data_trains(voc, tmp_path):
     """It passes all checks, and no class is without a name."""
     data.import_voc(voc, tmp_path / "all.json")

@@ -207,6 +207,18 @@ def test_equal_names(kind, tmp_path):
     assert len(list(tmp_path.rglob("x*"))) == 4
 
 
+def test_labels_of_equal_names(tmp_path):
+    """Labels by the name of an image are its own, and never those of another one."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    with WRITERS["yolo"](tmp_path, ["cell"]) as writer:
+        for i, name in enumerate(("a/x.jpg", "a/x.png", "b/x.jpg", "a/x_2.jpg")):
+            writer.write(Detected(name, image, some_instances((i + 2.0, 3, 20, 30))))
+    labels = {x.name: x.read_text().split()[1] for x in (tmp_path / "labels").iterdir()}
+    assert labels["x_2.txt"] == f"{(5 + 20) / 2 / 64:.6f}"
+    assert labels["x.txt"] == f"{(2 + 20) / 2 / 64:.6f}"
+    assert labels.keys() == {"x.txt", "x.png_2.txt", "x.jpg_2.txt", "x_2.txt"}
+
+
 def test_frames_beside_stills(tmp_path):
     """A video and pictures that were taken from it have files of their own."""
     image = np.zeros((48, 64, 3), np.uint8)

@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 from freeanchor.data import Mapper
 from freeanchor.errors import FreeAnchorError
 from freeanchor.layers import ops
+from freeanchor.modeling import match_inputs
 from freeanchor.modeling.backbone import check_deformable
 from PIL import Image
 from torch.nn import functional as F
@@ -167,6 +168,9 @@ def test_inclusive_corners_in_training(monkeypatch, scale, config):
     expected = torch.tensor([[x1, y1, x2, max(y2, y1 + 1)]])
     torch.testing.assert_close(seen[0], expected)
     assert torch.equal(target.gt_boxes.tensor, before)
+    # Pictures show that matching.
+    (matching,) = match_inputs(model.eval(), batch)
+    torch.testing.assert_close(matching.boxes, expected)
 
 
 def test_inclusive_corners_after_a_crop(monkeypatch, tmp_path):

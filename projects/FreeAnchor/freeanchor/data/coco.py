@@ -52,6 +52,13 @@ def read_coco(
             class_ids, class_names = _read_categories(content["categories"])
             file = _read_images(content["images"], path, image_root, reader or ImageReader())
             file.class_ids, file.class_names = class_ids, class_names
+            alike = _alike(class_names)
+            file.findings.add(
+                "classes differ from another one in case or spaces alone, and are taken for "
+                "classes of their own",
+                len(alike),
+                lambda: f"{show(alike[0][1])} from {show(alike[0][0])}",
+            )
             annotations = content.pop("annotations", None)
             if annotations is not None:
                 file.has_truth = True
@@ -122,6 +129,13 @@ def _read_categories(values: Any) -> tuple[list[int | str], list[str]]:
             )
     order = _order(ids)
     return [ids[i] for i in order], [names[i] for i in order]
+
+
+def _alike(names: Sequence[str]) -> list[tuple[str, str]]:
+    """An earlier name and a later one, which may be meant to be the same."""
+    first: dict[str, str] = {}
+    found = [(first.setdefault("".join(x.casefold().split()), x), x) for x in names]
+    return [(a, b) for a, b in found if a != b]
 
 
 def _read_images(values: Any, path: str, image_root: str, reader: ImageReader) -> CocoFile:

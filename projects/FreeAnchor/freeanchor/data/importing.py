@@ -326,13 +326,13 @@ class _Writer:
         classes: Any,
         ignored: Sequence[bool],
     ) -> None:
-        """Add an image and its boxes (M, 4) x1, y1, x2, y2."""
+        """Add an image and its boxes (M, 4) x1, y1, x2, y2, which end where it does."""
         image_id = len(self.content["images"]) + 1
         width, height = size
         image = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         self.content["images"].append(image)
         for (x1, y1, x2, y2), c, is_ignored in zip(corners.tolist(), classes, ignored):
-            x1, y1 = max(0.0, x1), max(0.0, y1)
+            x1, y1, x2, y2 = max(0.0, x1), max(0.0, y1), min(width, x2), min(height, y2)
             box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             annotation = {
                 "id": len(self.content["annotations"]) + 1,

@@ -52,18 +52,19 @@ class _Names:
         self._taken: set[str] = set()
 
     def of(self, source: str, suffix: str, has_frames: bool = False) -> str:
-        """The file name of an input with another suffix; numbered if it is taken.
+        """The file name of an input with another suffix; of its whole name and a number if taken.
+
+        `a_2.txt` is that of `a_2.jpg` and of nothing else, whatever came before.
 
         With `has_frames`, those with the number of a frame behind the stem are not taken either.
         """
         if source not in self._names:
-            stem, number = Path(source).stem, 1
-            chosen = stem
+            chosen, number = Path(source).stem, 1
             while f"{chosen}{suffix}" in self._taken or (
                 has_frames and self._are_frames_taken(chosen, suffix)
             ):
                 number += 1
-                chosen = f"{stem}_{number}"
+                chosen = f"{Path(source).name}_{number}"
             self._names[source] = f"{chosen}{suffix}"
             self._taken.add(self._names[source])
         return self._names[source]

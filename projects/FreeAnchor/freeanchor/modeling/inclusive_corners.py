@@ -6,7 +6,12 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-__all__ = ["from_inclusive_corners", "inclusive_shift", "to_inclusive_corners"]
+__all__ = [
+    "from_inclusive_corners",
+    "inclusive_shift",
+    "shift_objects",
+    "to_inclusive_corners",
+]
 
 
 def inclusive_shift(boxes: Tensor, scale: tuple[float, float]) -> Tensor:
@@ -46,21 +51,24 @@ def _resize_factors(model: Any, image: dict[str, Any]) -> tuple[float, float]:
     return resized[0] / original[0], resized[1] / original[1]
 
 
-def to_inclusive_corners(
-    model: nn.Module, inputs: tuple[list[dict[str, Any]]]
-) -> tuple[list[dict[str, Any]]] | None:
+def shift_objects(model: Any, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Resize ground truth as the paper's repository does, where a box is at least a pixel wide."""
-    if not model.training:
-        return None
     batch = []
-    for image in inputs[0]:
+    for image in batched_inputs:
         instances = Instances(image["instances"].image_size, **image["instances"].get_fields())
         scale = _resize_factors(model, image)
         boxes = inclusive_shift(instances.gt_boxes.tensor, scale)
         start, end = boxes.split(2, dim=1)
         instances.gt_boxes = Boxes(torch.cat([start, end.maximum(start + 1)], dim=1))
         batch.append({**image, "instances": instances})
-    return (batch,)
+    return batch
+
+
+def to_inclusive_corners(
+    model: nn.Module, inputs: tuple[list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]]] | None:
+    """What training has of its inputs, see :func:`shift_objects`."""
+    return (shift_objects(model, inputs[0]),) if model.training else None
 
 
 def from_inclusive_corners(

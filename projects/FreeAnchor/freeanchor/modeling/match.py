@@ -11,6 +11,7 @@ from ..config import is_two_stage
 from .anchors import generate_anchors
 from .bag_detector import BagDetector
 from .bags import Matching
+from .inclusive_corners import shift_objects
 from .proposals import of_one_class
 
 __all__ = ["has_bags", "match_inputs"]
@@ -36,6 +37,8 @@ def match_inputs(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> list
         The matching of each image, in the size of the network's input.
     """
     whole: Any = model
+    if getattr(model, "inclusive_corners", False):
+        batched_inputs = shift_objects(model, batched_inputs)
     features = whole.backbone(whole.preprocess_image(batched_inputs).tensor)
     objects = [x["instances"].to(whole.device) for x in batched_inputs]
     detector: BagDetector = whole
