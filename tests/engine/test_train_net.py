@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint
-from freeanchor.visualization import read_metrics
+from freeanchor.visualization import Run, read_metrics, read_run
 
 MMDET = GOLDEN / "mmdet_r50.pth"
 TINY = [
@@ -257,6 +257,28 @@ def test_evaluation_with_the_classes_in_another_order(train_net, coco, tmp_path,
         forget("val")
     assert len(found["val"]) == len(found["other"]) > 10
     assert scores["other"] == {s: shuffled[c] for s, c in scores["val"].items()}
+
+
+def test_evaluation_into_the_folder_of_a_training(train_net, data_options, run_folder, tmp_path):
+    """The config stays the training's; pictures and figures of reports are of one evaluation."""
+    register, names = data_options
+    output = tmp_path / "output"
+    train_net(*register, *names, *TINY, "OUTPUT_DIR", output)
+    config = (output / "config.yaml").read_text()
+    cfg = read_run(output)
+    run = Run("", cfg, read_metrics(output / "metrics.json"))
+    trained = run.last_evaluated("val")
+    assert trained["bbox/AP"] == pytest.approx(run.evaluated("val")[-1]["bbox/AP"], nan_ok=True)
+    forget("train")
+    forget("val")
+    other = ["MODEL.WEIGHTS", run_folder / "model_final.pth", "TEST.DETECTIONS_PER_IMAGE", "7"]
+    train_net("--eval-only", *register, *names, *TINY, *other, "OUTPUT_DIR", output)
+    assert (output / "config.yaml").read_text() == config
+    figures = run.last_evaluated("val")
+    path = output / "inference" / "val" / "coco_instances_results.json"
+    assert len(json.loads(path.read_text())) > 0
+    assert figures["calibration/ECE"] > 0
+    assert figures["calibration/ECE"] != trained["calibration/ECE"]
 
 
 def test_wrong_number_of_classes(train_net, data_options, tmp_path):

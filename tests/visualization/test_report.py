@@ -152,10 +152,10 @@ def test_scores_of_the_pictures(run, capsys):
     assert say(0.2) == f"{start} 0.2, as given"
     assert say(None).startswith(f"{start} 0.5, the default")
     for scores, expected in (
-        ({"threshold/score": 0.81}, "0.81, with the best F1 on val (metrics.json)"),
+        ({"threshold/score": 0.81}, "0.81, with the best F1 on val (last evaluation)"),
         (
             {"threshold/score": 0.81, "threshold/score-class 1": 0.33},
-            "those with the best F1 on val (metrics.json): "
+            "those with the best F1 on val (last evaluation): "
             "class 1 0.33, class 2 0.81, class 3 0.81",
         ),
     ):

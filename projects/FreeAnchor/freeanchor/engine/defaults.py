@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import find, read_class_names
+from ..checkpoint import find, read_class_names, replacing
 from ..command_line import add_dataset_argument
 from ..config import (
     add_freeanchor_config,
@@ -248,7 +248,8 @@ def keep_config(cfg: CfgNode) -> None:
     """Write the config of a run that goes on, once it is known to fit the checkpoint."""
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     if comm.is_main_process() and _holds_run(path):
-        path.write_text(cfg.dump())
+        with replacing(path) as f:
+            f.write(cfg.dump().encode())
 
 
 def _check_place(args: argparse.Namespace, output_dir: str) -> None:
@@ -309,7 +310,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     kept = path.read_bytes() if comm.is_main_process() and _holds_run(path) else None
     default_setup(cfg, args)
     if kept is not None:
-        path.write_bytes(kept)
+        with replacing(path) as f:
+            f.write(kept)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))

@@ -1,10 +1,12 @@
 """Detectron2's trainer, on checked data, with FreeAnchor's evaluation and checkpoints."""
 
+import json
 import logging
 import math
 import os
 import weakref
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluators, verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import Checkpointer, Thresholds, checksum, write_thresholds
+from ..checkpoint import Checkpointer, Thresholds, checksum, replacing, write_thresholds
 from ..data import ImageReader, Mapper, load_training_set
 from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
@@ -252,7 +255,7 @@ class Trainer(DefaultTrainer):
         """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several.
 
         The recommended thresholds, of the first of `DATASETS.TEST` that has objects, go into
-        `OUTPUT_DIR`.
+        `OUTPUT_DIR`, and the figures into its `inference/results.json`, beside the detections.
         """
         with inference_autocast(cfg, model):
             results: dict[str, Any] = super().test(
@@ -272,6 +275,8 @@ class Trainer(DefaultTrainer):
             for name in cfg.DATASETS.TEST if several else ("",):
                 tasks, more = (results[name], augmented[name]) if several else (results, augmented)
                 tasks.update({f"{task}_TTA": result for task, result in more.items()})
+        if comm.is_main_process():
+            _keep_figures(cfg, results)
         return results
 
     def build_hooks(self) -> list[Any]:
@@ -355,6 +360,26 @@ def _keep_thresholds(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) ->
         except FileError as e:
             logger.error(f"{e}. The evaluation goes on")
         return
+
+
+def _keep_figures(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Write the figures of each data set beside its detections.
+
+    What metrics.json has last may be of others: it is of the training, and --eval-only is not.
+    """
+    figures = results if len(cfg.DATASETS.TEST) > 1 else dict.fromkeys(cfg.DATASETS.TEST, results)
+    content = {
+        name: {
+            key: value if math.isfinite(value) else None
+            for key, value in flatten_results_dict(of_set).items()
+        }
+        for name, of_set in figures.items()
+    }
+    try:
+        with replacing(Path(cfg.OUTPUT_DIR) / "inference" / "results.json") as f:
+            f.write(json.dumps(content, indent=1).encode())
+    except FileError as e:
+        logger.error(f"{e}. The evaluation goes on")
 
 
 def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:

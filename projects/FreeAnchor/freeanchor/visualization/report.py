@@ -50,9 +50,9 @@ def _scores(runs: Sequence[Run], data: Dataset) -> list[str]:
     evaluated = [run.evaluated(data.name) for run in runs]
     if not data.has_truth:
         return ["<p>The data set has no ground truth, so there are no figures.</p>"]
-    if not any(evaluated):
+    last = [run.last_evaluated(data.name) for run in runs]
+    if not any(last):
         return ["<p>The run was not evaluated while it trained.</p>"]
-    last = [r[-1] if r else {} for r in evaluated]
     names = [run.name for run in runs] if len(runs) > 1 else [""]
     columns = [("run", names)] if len(runs) > 1 else []
     columns += [

@@ -164,6 +164,18 @@ class Run(NamedTuple):
             if f"{prefix}bbox/AP" in r
         ]
 
+    def last_evaluated(self, dataset: str) -> dict[str, float]:
+        """The figures of the detections that there are; none without an evaluation.
+
+        They need not be of the training: `train_net.py --eval-only` into its folder replaces both.
+        """
+        path = Path(self.cfg.OUTPUT_DIR) / "inference" / "results.json"
+        if path.is_file():
+            found: dict[str, float | None] = json.loads(path.read_text()).get(dataset, {})
+            if found:
+                return {k: math.nan if v is None else v for k, v in found.items()}
+        return (self.evaluated(dataset) or [{}])[-1]
+
 
 class Scores(NamedTuple):
     """Thresholds: of all classes together and of each, and why, see `describe_scores`."""
@@ -175,13 +187,13 @@ class Scores(NamedTuple):
 
 def recommended_scores(run: Run, dataset: str, classes: Sequence[str]) -> Scores:
     """The thresholds of the last evaluation, else 0.5."""
-    last = (run.evaluated(dataset) or [{}])[-1]
+    last = run.last_evaluated(dataset)
 
     def known(key: str, otherwise: float) -> float:
         score = last.get(f"threshold/{key}", math.nan)
         return otherwise if math.isnan(score) else score
 
-    score, reason = known("score", math.nan), f"with the best F1 on {dataset} (metrics.json)"
+    score, reason = known("score", math.nan), f"with the best F1 on {dataset} (last evaluation)"
     if math.isnan(score):
         score, reason = _SCORE, "the default, as no evaluation of the run recommends others"
     return Scores(score, [known(f"score-{name}", score) for name in classes], reason)
