@@ -13,6 +13,8 @@ from conftest import assert_same, quick_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
+from freeanchor import model_zoo
+from freeanchor.__main__ import main
 from freeanchor.checkpoint import (
     Thresholds,
     read_checkpoint,
@@ -193,6 +195,19 @@ def test_wrong_sources(run_folder, tmp_path):
         Predictor(run_folder, options=["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
     with pytest.raises(FreeAnchorError, match="confidence"):
         Predictor(run_folder, confidence=1.5)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_devices_that_are_not_there(run_folder, device):
+    """One sentence names the device, for whoever loads a model."""
+    message, own = f"the device {device} cannot be used here: ", run_folder / "config.yaml"
+    with pytest.raises(FreeAnchorError, match=message):
+        Predictor(run_folder, device=device)
+    with pytest.raises(FreeAnchorError, match=message):
+        model_zoo.get("quick/free_anchor_R_18_FPN.yaml", device=device)
+    for command, source in ((["serve", "--port", "0"], run_folder), (["benchmark"], own)):
+        with pytest.raises(SystemExit, match=message):
+            main([*command, str(source), "--device", device])
 
 
 @pytest.mark.parametrize(

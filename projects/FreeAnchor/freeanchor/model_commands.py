@@ -182,16 +182,15 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    import torch
-
     from .config import merge_options, read_config
     from .engine import benchmark, default_setting, to_markdown
     from .model_zoo import get_config_file
+    from .modeling import choose_device
 
     path = args.config if Path(args.config).is_file() else get_config_file(args.config)
     cfg = read_config(path)
     merge_options(cfg, args.opts)
-    cfg.MODEL.DEVICE = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.DEVICE = choose_device(args.device)
     setting = default_setting(cfg)
     setting = setting._replace(
         images=setting.images if args.images is None else args.images,

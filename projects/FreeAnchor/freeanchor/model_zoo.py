@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from .checkpoint import Checkpointer
 from .config import CONFIGS, read_config
 from .errors import FileError
+from .modeling import choose_device
 
 __all__ = ["ZooModel", "get", "get_checkpoint_url", "get_config", "get_config_file", "models"]
 
@@ -136,10 +136,10 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
         device: where it is to be, by default a GPU if there is one.
 
     Raises:
-        FileError: see :func:`get_config`; or the weights cannot be had.
+        FreeAnchorError: see :func:`get_config`; or the weights cannot be had, or the device.
     """
     cfg = get_config(config_path, trained)
-    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.DEVICE = choose_device(device)
     model: nn.Module = build_model(cfg)
     checkpointer = Checkpointer(model, cfg)
     if trained:

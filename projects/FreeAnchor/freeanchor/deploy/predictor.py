@@ -24,7 +24,12 @@ from ..checkpoint import Checkpointer, describe_scores, find, read_thresholds
 from ..config import is_two_stage, merge_options, scored_part
 from ..data import ImageReader, num_channels, read_image
 from ..errors import DatasetError, FreeAnchorError, shorten
-from ..modeling import MultiScaleTest, inference_settings, optimize_inference
+from ..modeling import (
+    MultiScaleTest,
+    choose_device,
+    inference_settings,
+    optimize_inference,
+)
 from ..modeling.backbone import check_deformable
 from .checkpoints import class_names, find_checkpoint
 
@@ -91,7 +96,7 @@ class Predictor:
             raise FreeAnchorError(f"batch size must be at least 1, got {batch_size}")
         cfg = find_checkpoint(source, weights)
         merge_options(cfg, options)
-        cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cfg.MODEL.DEVICE = choose_device(device)
         settings = inference_settings(cfg)
         check_deformable(cfg, training=False)
         self.cfg, self.batch_size = cfg, batch_size

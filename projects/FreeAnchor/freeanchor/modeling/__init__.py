@@ -8,7 +8,7 @@ from .inference import candidates, dense_detector, detect
 from .ltm import LTM
 from .match import has_bags, match_inputs
 from .meta_arch import FreeAnchor
-from .optimize import fold_batch_norm, inference_settings, optimize_inference
+from .optimize import choose_device, fold_batch_norm, inference_settings, optimize_inference
 from .proposals import FreeAnchorRPN
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 from .tta import MultiScaleTest
@@ -26,6 +26,7 @@ __all__ = [
     "build_freeanchor_resnet_fpn_backbone",
     "build_timm_fpn_backbone",
     "candidates",
+    "choose_device",
     "dense_detector",
     "detect",
     "fold_batch_norm",

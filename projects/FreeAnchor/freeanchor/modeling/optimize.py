@@ -17,6 +17,7 @@ from .precision import choose_precision
 
 __all__ = [
     "InferenceSettings",
+    "choose_device",
     "fold_batch_norm",
     "inference_settings",
     "optimize_inference",
@@ -32,6 +33,22 @@ class InferenceSettings(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
     compiled: bool
+
+
+def choose_device(name: str | None) -> str:
+    """The device of this name, by default a GPU if there is one.
+
+    Raises:
+        FreeAnchorError: it is none, or not there.
+    """
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise FreeAnchorError(f"the device {name} cannot be used here: {reason}") from e
+    return name
 
 
 def inference_settings(cfg: CfgNode) -> InferenceSettings:
