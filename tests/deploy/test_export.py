@@ -164,6 +164,16 @@ def test_raw_outputs(run_folder, pixels, kind, tmp_path):
     )
 
 
+def test_pixels_of_another_type(run_folder, pixels, tmp_path):
+    """Fractions of 255 are refused by the file, and not taken for a dark image."""
+    predictor = Predictor(run_folder, confidence=0.05, device="cpu")
+    export(predictor, tmp_path / "model.pt", "torchscript")
+    module = torch.jit.load(tmp_path / "model.pt")
+    assert len(module(pixels[0][None])) == 3
+    with pytest.raises(Exception, match="images must be uint8"):
+        module(pixels[0][None] / 255)
+
+
 def test_rgb(run_folder, pixels, tmp_path):
     """A model trained on RGB takes BGR too."""
     options = [*ALL, "INPUT.FORMAT", "RGB"]

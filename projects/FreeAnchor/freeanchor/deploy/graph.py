@@ -49,6 +49,8 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Detect, see the class."""
         model = self.model
+        if not self.for_onnx:  # whose runtimes check it
+            images = _check_type(images)
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)
         if self.is_rgb:
             pixels = pixels[:, [2, 1, 0]]
@@ -123,6 +125,13 @@ class Detector(nn.Module):
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         labels = labels.gather(1, best.gather(1, order))
         return boxes * (scores > 0)[..., None], scores, labels.where(scores > 0, -1)
+
+
+@torch.jit.script_if_tracing  # part of the file: else fractions of 255 would be detected in
+def _check_type(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8:
+        raise ValueError("images must be uint8, from 0 to 255")
+    return images
 
 
 def _fill(x: Tensor, k: int, value: float = -torch.inf) -> Tensor:
