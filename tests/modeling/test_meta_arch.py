@@ -62,17 +62,18 @@ def test_signature_of_losses():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("FREEANCHOR.PRE_ANCHOR_TOPK", 0),
-        ("FREEANCHOR.BBOX_THRESHOLD", 1.0),
-        ("FREEANCHOR.BBOX_THRESHOLD", -0.1),
-        ("RETINANET.FOCAL_LOSS_GAMMA", 0.5),
-        ("RETINANET.BBOX_REG_LOSS_TYPE", "diou"),
+        ("MODEL.FREEANCHOR.PRE_ANCHOR_TOPK", 0),
+        ("MODEL.FREEANCHOR.BBOX_THRESHOLD", 1.0),
+        ("MODEL.FREEANCHOR.BBOX_THRESHOLD", -0.1),
+        ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", 0.5),
+        ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "diou"),
+        ("TEST.DETECTIONS_PER_IMAGE", -1),
     ],
 )
 def test_bad_values_are_refused_by_name(cfg, key, value):
     """A value out of range stops at once, with the name of its key."""
-    cfg.merge_from_list([f"MODEL.{key}", value])
-    with pytest.raises(ValueError, match=key.split(".")[1]):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=key.split(".")[-1]):
         build_model(cfg)
 
 

@@ -102,6 +102,10 @@ class BagDetector(RetinaNet):
             )
         if self.focal_loss_gamma < 1:
             raise ValueError(f"FOCAL_LOSS_GAMMA must be at least 1, got {self.focal_loss_gamma}")
+        if self.max_detections_per_image < 1:  # -1 would leave out the last one
+            raise ValueError(
+                f"DETECTIONS_PER_IMAGE must be at least 1, got {self.max_detections_per_image}"
+            )
         self.pre_anchor_topk = pre_anchor_topk
         self.bbox_threshold = bbox_threshold
         self.bbox_reg_weight = bbox_reg_weight
