@@ -14,16 +14,14 @@ Examples::
 import argparse
 import logging
 import os
-from collections import defaultdict
 from typing import Any
 
 # Before Detectron2: it makes 0.6 work with today's packages, and registers the architecture.
 import freeanchor  # noqa: F401  # isort: skip
 from detectron2.config import CfgNode
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from freeanchor.checkpoint import Checkpointer, class_config, write_checkpoint
-from freeanchor.engine import Trainer, argument_parser, keep_config, launch, setup
+from freeanchor.engine import Trainer, argument_parser, keep_config, launch, setup, verify
 from torch import nn
 
 logger = logging.getLogger("freeanchor.train_net")
@@ -41,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         export(args, cfg, model)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
-            verify_results(cfg, defaultdict(dict, results))
+            verify(cfg, results)
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

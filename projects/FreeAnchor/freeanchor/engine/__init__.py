@@ -8,6 +8,7 @@ from .learning import LearningCheck
 from .loader import TrainLoader
 from .optimizer import build_optimizer
 from .replay import replay
+from .results import verify
 from .trainer import Trainer, build_evaluator
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "replay",
     "setup",
     "to_markdown",
+    "verify",
 ]

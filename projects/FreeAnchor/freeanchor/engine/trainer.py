@@ -1,12 +1,8 @@
 """Detectron2's trainer, on checked data, with FreeAnchor's evaluation and checkpoints."""
 
-import json
 import logging
-import math
 import os
 import weakref
-from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +10,15 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluators, verify_results
-from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import Checkpointer, Thresholds, checksum, replacing, write_thresholds
+from ..checkpoint import Checkpointer, checksum
 from ..data import ImageReader, Mapper, load_training_set
-from ..errors import DatasetError, FileError, FreeAnchorError, LoaderError
+from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
 from ..modeling import BagDetector, MultiScaleTest, has_bags
 from ..paths import file_stem
@@ -35,6 +30,7 @@ from .metrics import MetricsWriter, TolerantWriter
 from .optimizer import build_optimizer
 from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
+from .results import keep_figures, keep_thresholds, verify
 from .step import Request, TrainStep, without_ddp
 
 __all__ = ["Trainer", "build_evaluator"]
@@ -220,8 +216,7 @@ class Trainer(DefaultTrainer):
                 self.after_train()
         results: dict[str, Any] = getattr(self, "_last_eval_results", {})
         if comm.is_main_process():
-            # A task that was not evaluated has none of the values.
-            verify_results(self.cfg, defaultdict(dict, results))
+            verify(self.cfg, results)
         if self._checkpoints.problem:
             raise FreeAnchorError(
                 f"The run ended without its checkpoint: {self._checkpoints.problem}"
@@ -262,7 +257,7 @@ class Trainer(DefaultTrainer):
                 cfg, model, [build_evaluator(cfg, name, model) for name in cfg.DATASETS.TEST]
             )
         if comm.is_main_process():
-            _keep_thresholds(cfg, model, results)
+            keep_thresholds(cfg, model, results)
         if cfg.TEST.AUG.ENABLED:
             logger.info("Evaluating with test-time augmentation")
             with inference_autocast(cfg, model):
@@ -276,7 +271,7 @@ class Trainer(DefaultTrainer):
                 tasks, more = (results[name], augmented[name]) if several else (results, augmented)
                 tasks.update({f"{task}_TTA": result for task, result in more.items()})
         if comm.is_main_process():
-            _keep_figures(cfg, results)
+            keep_figures(cfg, results)
         return results
 
     def build_hooks(self) -> list[Any]:
@@ -344,42 +339,6 @@ def _check_batch(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {size} is no multiple of {processes} processes x "
             f"SOLVER.ACCUMULATION_STEPS {parts}: change one of them"
         )
-
-
-def _keep_thresholds(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> None:
-    """Write the recommended thresholds beside the weights."""
-    several = len(cfg.DATASETS.TEST) > 1
-    for name in cfg.DATASETS.TEST:
-        found = dict((results[name] if several else results).get("threshold", {}))
-        score = found.pop("score", math.nan)
-        if math.isnan(score):
-            continue
-        classes = {key.removeprefix("score-"): value for key, value in found.items()}
-        try:
-            write_thresholds(cfg.OUTPUT_DIR, model.state_dict(), Thresholds(name, score, classes))
-        except FileError as e:
-            logger.error(f"{e}. The evaluation goes on")
-        return
-
-
-def _keep_figures(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """Write the figures of each data set beside its detections.
-
-    What metrics.json has last may be of others: it is of the training, and --eval-only is not.
-    """
-    figures = results if len(cfg.DATASETS.TEST) > 1 else dict.fromkeys(cfg.DATASETS.TEST, results)
-    content = {
-        name: {
-            key: value if math.isfinite(value) else None
-            for key, value in flatten_results_dict(of_set).items()
-        }
-        for name, of_set in figures.items()
-    }
-    try:
-        with replacing(Path(cfg.OUTPUT_DIR) / "inference" / "results.json") as f:
-            f.write(json.dumps(content, indent=1).encode())
-    except FileError as e:
-        logger.error(f"{e}. The evaluation goes on")
 
 
 def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:
