@@ -138,6 +138,43 @@ def test_voc_as_editors_leave_it(voc, tmp_path):
     assert {x: len(boxes) for x, boxes in found.items()} == {"a.png": 2, "b.jpg": 0, "c.d.jpg": 1}
 
 
+def test_voc_in_folders(voc, tmp_path):
+    """Files of one name in two folders are two, and no split takes one for the other."""
+    for place in ("s", "t", ".hidden"):
+        for kind, file in (("Annotations", "a.xml"), ("JPEGImages", "a.jpg")):
+            (voc / kind / place).mkdir()
+            (voc / kind / place / file).write_bytes((voc / kind / file).read_bytes())
+    for place in ("s", "t"):
+        xml = voc_xml("a.jpg", [(f"of {place}", (1, 1, 9, 9), 0)])
+        (voc / "Annotations" / place / "a.xml").write_text(xml)
+
+    def taken(*lines):
+        (tmp_path / "split.txt").write_text("\n".join(lines))
+        data.import_voc(voc, tmp_path / "out.json", split=str(tmp_path / "split.txt"))
+        content = json.loads((tmp_path / "out.json").read_text())
+        return [x["file_name"] for x in content["images"]]
+
+    data.import_voc(voc, tmp_path / "out.json")
+    assert read(tmp_path / "out.json", voc / "JPEGImages")[0][3:] == ["of s", "of t"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["images"]) == 5
+    assert taken("s/a", "/data/JPEGImages/t/a.jpg", "a.jpg") == ["s/a.jpg", "t/a.jpg", "a.jpg"]
+    assert taken("a 1", "b -1") == ["a.jpg", "b.jpg"]
+    with pytest.raises(DatasetError, match=r"names 'a' and 'u/a', which are both 'a' in"):
+        taken("a", "u/a")
+    (voc / "Annotations" / "a.xml").unlink()
+    with pytest.raises(DatasetError, match=r"names 'a', which is 's/a' and 't/a' in .*the folder"):
+        taken("a")
+
+
+def test_another_supervision(voc, tmp_path, monkeypatch):
+    """An old one that is there already is refused: its boxes are smaller by a pixel."""
+    import supervision
+
+    monkeypatch.setattr(supervision, "__version__", "0.27.0.post2")
+    with pytest.raises(DatasetError, match=r"supervision 0\.27\.0\.post2 reads other boxes"):
+        data.import_voc(voc, tmp_path / "out.json")
+
+
 def test_voc_twice(voc, tmp_path):
     """Of two files for one image, neither is left out silently."""
     (voc / "Annotations" / "a.XML").write_text((voc / "Annotations" / "a.xml").read_text())
@@ -186,6 +223,21 @@ def test_yolo(yolo, tmp_path, capsys, source):
     main(["import", "--from", "yolo", str(yolo / source), str(out), "--split", "val"])
     _, found = read(out, yolo / "images" / "val")
     assert found["b.png"] == [("cat", [0.0, 0.0, 32.0, 24.0], 0)]
+
+
+def test_yolo_labels_are_found_as_images_are(yolo, tmp_path):
+    """In letters of another case too; of one image alone; and copies that tools hide are none."""
+    images, labels = (yolo / kind / "train" for kind in ("images", "labels"))
+    (labels / "a.txt").rename(labels / "A.TXT")
+    (images / ".cache").mkdir()
+    for hidden in ("._a.png", ".cache/a.png"):
+        (images / hidden).write_bytes((images / "a.png").read_bytes())
+    data.import_yolo(yolo, tmp_path / "out.json", split="train")
+    _, found = read(tmp_path / "out.json", images)
+    assert {x: len(boxes) for x, boxes in found.items()} == {"a.png": 2, "b.png": 0}
+    (images / "a.jfif").write_bytes((images / "a.png").read_bytes())
+    with pytest.raises(DatasetError, match=r"A\.TXT is .* file of .*a\.jfif and of .*a\.png"):
+        data.import_yolo(yolo, tmp_path / "out.json", split="train")
 
 
 @pytest.mark.parametrize("names", ["[no, 007]", "{0: no, 1: 007}", "{'0': no, '1': 007}"])

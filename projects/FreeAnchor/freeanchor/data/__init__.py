@@ -7,7 +7,7 @@ from .classes import NUM_CLASSES_FROM_DATA, resolve_classes
 from .coco import read_coco
 from .coco_file import CocoFile
 from .datasets import check_images, load_training_set, report_findings
-from .images import ImageReader, num_channels, read_image
+from .images import IMAGE_SUFFIXES, ImageReader, num_channels, read_image
 from .importing import import_voc, import_yolo
 from .mapper import Mapper
 from .masks import decode_mask, encode_mask
@@ -15,6 +15,7 @@ from .readings import READINGS, import_boxes
 from .shapes import write_shapes
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "NUM_CLASSES_FROM_DATA",
     "READINGS",
     "CocoFile",

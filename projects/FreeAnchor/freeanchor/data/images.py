@@ -21,7 +21,13 @@ from PIL import Image
 
 from ..errors import DatasetError
 
-__all__ = ["ImageReader", "ImageState", "num_channels", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageReader", "ImageState", "num_channels", "read_image"]
+
+# The files of a folder that are taken for images, in small letters.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".gif", ".bmp", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pnm"),
+)
 
 _ORIENTATION = 274  # of EXIF; Pillow gives that of XMP by the same number
 _METHODS = {

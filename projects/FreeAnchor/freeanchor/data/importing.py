@@ -6,7 +6,7 @@ no split files, and take an image without annotations for one without objects.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -19,29 +19,37 @@ from tqdm import tqdm
 from ..errors import DatasetError
 from .findings import show
 from .folder import ImageFolder
-from .images import ImageReader
+from .images import IMAGE_SUFFIXES, ImageReader
 from .readings import write_coco
 
 __all__ = ["import_voc", "import_yolo"]
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
+
+# Before, supervision took the last pixel of VOC's boxes for none of theirs.
+_SUPERVISION = (0, 31)
 
 
 def _supervision() -> Any:
     try:
+        import supervision
         from supervision.dataset.formats import pascal_voc, yolo
     except ImportError as e:
         raise DatasetError(
             "reading VOC and YOLO needs supervision, which is not installed: pip install "
             "'freeanchor[import]', or supervision"
         ) from e
+    if tuple(map(int, supervision.__version__.split(".")[:2])) < _SUPERVISION:
+        raise DatasetError(
+            f"supervision {supervision.__version__} reads other boxes: pip install "
+            f"'supervision>={_SUPERVISION[0]}.{_SUPERVISION[1]}'"
+        )
     return pascal_voc, yolo
 
 
 def import_voc(
     source: Path, out: Path, images: Path | None = None, split: str | None = None
 ) -> Path:
-    """Write a COCO file of a folder of Pascal VOC's XML files.
+    """Write a COCO file of a folder of Pascal VOC's XML files, also in folders within it.
 
     Objects that are marked as difficult become COCO's `ignore`. Corners count from 1, as VOC's.
 
@@ -63,22 +71,23 @@ def import_voc(
     pascal_voc, _ = _supervision()
     folder = _folder_of(source, ("Annotations", "annotations"), ".xml", "XML files")
     images = images or _folder_of(
-        folder, ("../JPEGImages", "../images", "../Images", ""), _IMAGE_SUFFIXES, "images"
+        folder, ("../JPEGImages", "../images", "../Images", ""), IMAGE_SUFFIXES, "images"
     )
-    files = sorted(x for x in folder.iterdir() if x.suffix.lower() == ".xml")
+    # By their paths in the folder, without .xml: two folders may have files of one name.
     trees = {}
-    for path in tqdm(files, desc="XML files", delay=3):
-        if path.stem in trees:
+    for path in tqdm(sorted(_files(folder, ".xml")), desc="XML files", delay=3):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in trees:
             raise DatasetError(f"{path} is there twice, with .xml and .XML: keep one of them")
         try:
-            trees[path.stem] = parse(path).getroot()
+            trees[stem] = parse(path).getroot()
         except (ParseError, DefusedXmlException, OSError, UnicodeError) as e:
             raise DatasetError(f"{path} is no XML file: {e}") from e
-        for name in trees[path.stem].iterfind("object/name"):
+        for name in trees[stem].iterfind("object/name"):
             name.text = (name.text or "").strip()  # what lays out a file is no part of a name
     # Those of all files, so that all parts of a split have the same.
     names = sorted({x.text for tree in trees.values() for x in tree.iterfind("object/name")})
-    stems = _read_split(split, trees, folder) if split else list(trees)
+    stems = _read_split(split, list(trees), folder) if split else list(trees)
     finder, reader = ImageFolder(str(images)), ImageReader()
     writer = _Writer(names)
     for stem in tqdm(stems, desc="images", delay=3):
@@ -96,32 +105,63 @@ def import_voc(
     return images
 
 
+def _files(folder: Path, suffix: str | tuple[str, ...]) -> Iterator[Path]:
+    """The files of a kind in a folder and in those within it, but for copies that tools hide."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [x for x in folders if not x.startswith((".", "__MACOSX"))]
+        for name in names:
+            if name.lower().endswith(suffix) and not name.startswith("."):
+                yield Path(place, name)
+
+
 def _folder_of(source: Path, names: Sequence[str], suffix: Any, what: str) -> Path:
     """The folder, or one within it, that has files of a kind."""
     for folder in (*(source / name for name in names), source):
-        if folder.is_dir() and any(x.lower().endswith(suffix) for x in os.listdir(folder)):
+        if any(_files(folder, suffix)):
             return Path(os.path.normpath(folder))
     raise DatasetError(
         f"there are no {what} in {source}, nor in {' or '.join(filter(None, names))}"
     )
 
 
-def _read_split(split: str, trees: dict[str, Any], folder: Path) -> list[str]:
+def _read_split(split: str, stems: Sequence[str], folder: Path) -> list[str]:
+    """The files that a split takes: a line is a name or a path, in VOC's lists with a 1 or -1."""
     try:
         lines = [x.strip() for x in Path(split).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeError) as e:
         raise DatasetError(f"the split {split} cannot be read: {e}") from e
-    stems: list[str] = []
+    by_name: dict[str, list[str]] = {}
+    for stem in stems:
+        by_name.setdefault(stem.rpartition("/")[2], []).append(stem)
+    line_of: dict[str, str] = {}
     for line in filter(None, lines):
-        # A name, a file of an image, or VOC's lists of a class: a name and whether it is there.
-        choices = (line, Path(line).stem, line.split()[0], Path(line.split()[0]).stem)
-        stem = next((x for x in choices if x in trees), None)
-        if stem is None:
+        found: list[str] = []
+        for text in (line, line.split()[0]):
+            for path in (text, os.path.splitext(text)[0]):
+                found = found or _same_end(path, by_name)
+        if not found:
             raise DatasetError(f"{split} names {show(line)}, which has no XML file in {folder}")
-        stems.append(stem)
-    if not stems:
+        if len(found) > 1:
+            raise DatasetError(
+                f"{split} names {show(line)}, which is {' and '.join(map(show, found[:3]))} in "
+                f"{folder}: give the name of the folder too"
+            )
+        other = line_of.setdefault(found[0], line)
+        if other.split()[0] != line.split()[0]:
+            raise DatasetError(
+                f"{split} names {show(other)} and {show(line)}, which are both {show(found[0])} in "
+                f"{folder}"
+            )
+    if not line_of:
         raise DatasetError(f"the split {split} is empty")
-    return list(dict.fromkeys(stems))
+    return list(line_of)
+
+
+def _same_end(path: str, by_name: dict[str, list[str]]) -> list[str]:
+    """The files that a path may mean: it itself, what it ends in, or all that end in it."""
+    those = by_name.get(path.rpartition("/")[2], [])
+    shorter = [x for x in those if f"/{path}".endswith(f"/{x}")]
+    return [max(shorter, key=len)] if shorter else [x for x in those if x.endswith(f"/{path}")]
 
 
 def _voc_image(tree: Any, stem: str, finder: ImageFolder, path: Path) -> str:
@@ -129,7 +169,7 @@ def _voc_image(tree: Any, stem: str, finder: ImageFolder, path: Path) -> str:
     name = (tree.findtext("filename") or "").strip()
     # Of several with its own name it is the one that it says.
     said = os.path.splitext(name)[1]
-    for suffix in (said, *_IMAGE_SUFFIXES) if said.lower() in _IMAGE_SUFFIXES else _IMAGE_SUFFIXES:
+    for suffix in (said, *IMAGE_SUFFIXES) if said.lower() in IMAGE_SUFFIXES else IMAGE_SUFFIXES:
         found, _ = finder.find(f"{stem}{suffix}")
         if os.path.isfile(found):
             return found
@@ -190,9 +230,16 @@ def import_yolo(
     keypoints = config.get("kpt_shape") or (0, 0)
     num_keypoint_values = int(keypoints[0]) * int(keypoints[1])
     reader, writer = ImageReader(), _Writer(names)
+    folders: dict[Path, ImageFolder] = {}
+    image_of: dict[Path, Path] = {}
     without = 0
     for image in tqdm(files, desc="images", delay=3):
-        label = _yolo_label(image)
+        label = _yolo_label(image, folders)
+        if label is not None and image_of.setdefault(label, image) != image:
+            raise DatasetError(
+                f"{label} is the label file of {image_of[label]} and of {image}: it can be of one "
+                "of them, so give the other another name"
+            )
         size = _size(reader, str(image))
         if label is None:
             without += 1
@@ -280,8 +327,8 @@ def _yolo_images(
         if path.is_file():
             found += _listed(path, base)
         else:
-            found += sorted(x for x in path.rglob("*") if x.suffix.lower() in _IMAGE_SUFFIXES)
-    return [Path(os.path.normpath(x)) for x in found]
+            found += sorted(_files(path, IMAGE_SUFFIXES))
+    return list(dict.fromkeys(Path(os.path.normpath(x)) for x in found))
 
 
 def _listed(path: Path, base: Path) -> list[Path]:
@@ -297,15 +344,23 @@ def _listed(path: Path, base: Path) -> list[Path]:
     return files
 
 
-def _yolo_label(image: Path) -> Path | None:
-    parts = list(image.parts)
-    if "images" in parts:
-        last = len(parts) - 1 - parts[::-1].index("images")
-        beside = Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
-        if beside.is_file():
-            return beside
-    own = image.with_suffix(".txt")
-    return own if own.is_file() else None
+def _yolo_label(image: Path, folders: dict[Path, ImageFolder]) -> Path | None:
+    """The label file of an image, which may differ in case as an image may.
+
+    Args:
+        image: its path.
+        folders: those that have been looked into, kept for the next image.
+    """
+    places = [(image.parent, image.name)]
+    if "images" in image.parts:
+        last = len(image.parts) - 1 - image.parts[::-1].index("images")
+        places.insert(0, (Path(*image.parts[:last], "labels"), "/".join(image.parts[last + 1 :])))
+    for root, name in places:
+        finder = folders.setdefault(root, ImageFolder(str(root)))
+        found, _ = finder.find(str(Path(name).with_suffix(".txt")))
+        if os.path.isfile(found):
+            return Path(found)
+    return None
 
 
 class _Writer:

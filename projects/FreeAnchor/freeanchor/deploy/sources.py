@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data import IMAGE_SUFFIXES
 from ..errors import DatasetError, FreeAnchorError
 
 __all__ = ["Source", "find_sources"]
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 # Of a camera that does not tell.
 _FRAME_RATE = 25.0
 # A container's number of frames may be an estimate.
@@ -80,7 +80,8 @@ def _files(source: str) -> list[str]:
     if path.is_file():
         return [source]
     if path.is_dir():
-        files = sorted(str(x) for x in path.iterdir() if x.suffix.lower() in _IMAGES | _VIDEOS)
+        suffixes = (*IMAGE_SUFFIXES, *_VIDEOS)
+        files = sorted(str(x) for x in path.iterdir() if x.suffix.lower() in suffixes)
         if not files:
             raise DatasetError(f"{source} is a folder without images or videos")
         return files
