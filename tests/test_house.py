@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
 # From the ground up. What is on one floor does not import each other.
 FLOORS = (
     ("errors", "compat", "openmp", "paths"),
-    ("command_line", "config", "layers"),
+    ("command_line", "config", "layers", "values"),
     ("modeling",),
     ("checkpoint", "evaluation"),
     ("data", "model_zoo"),

@@ -8,9 +8,11 @@ import torch
 from conftest import GOLDEN, make_it_detect
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint
+from freeanchor.config import read_config
+from freeanchor.engine import Trainer
 from freeanchor.visualization import Run, read_metrics, read_run
 
 MMDET = GOLDEN / "mmdet_r50.pth"
@@ -336,6 +338,20 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
         (["SOLVER.MAX_ITER", "-5"], r"SOLVER\.MAX_ITER must be at least 1, got -5"),
         (["SOLVER.IMS_PER_BATCH", "0"], r"SOLVER\.IMS_PER_BATCH must be at least 1"),
         (["SOLVER.ACCUMULATION_STEPS", "0"], r"SOLVER\.ACCUMULATION_STEPS must be at least 1"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (["SEED", "99999999999"], r"SEED must be below 2 \*\* 32, got 99999999999"),
+        (["SOLVER.EMA_DECAY", "1.0"], r"EMA_DECAY must be at least 0 and below 1, got 1\.0"),
+        (["SOLVER.WARMUP_ITERS", "-1"], r"SOLVER\.WARMUP_ITERS must be at least 0, got -1"),
+        (["INPUT.MAX_SIZE_TEST", "0"], r"INPUT\.MAX_SIZE_TEST must be at least 1, got 0"),
+        (
+            ["MODEL.PIXEL_STD", "[1.0,-1.0,1.0]"],
+            r"MODEL\.PIXEL_STD must be above 0, got \[1\.0, -1",
+        ),
+        (["TEST.EARLY_STOPPING", "1"], r"EARLY_STOPPING needs TEST\.EVAL_PERIOD, TEST\.BEST_MET"),
+        (
+            ["SOLVER.BASE_LR", "fast"],
+            r"^train_net\.py: SOLVER\.BASE_LR fast: Type mismatch .*: SOLVER\.BASE_LR$",
+        ),
         (["INPUT.MIN_SIZE_TRAIN", "()"], r"INPUT\.MIN_SIZE_TRAIN is empty"),
         *(
             (["TEST.EXPECTED_RESULTS", x], r"EXPECTED_RESULTS has .*: give lists of task, metric")
@@ -358,6 +374,61 @@ def test_options_that_do_not_go_together(train_net, data_options, tmp_path, opti
     with pytest.raises(SystemExit, match=expected):
         train_net(*register, *names, *TINY, "OUTPUT_DIR", output, *options)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["MODEL.FPN.NORM", "XX"], r"The model .* of MODEL\.FPN\.NORM 'XX': KeyError: 'XX'"),
+        (["MODEL.RESNETS.DEPTH", "19"], r"The model .* of MODEL\.RESNETS\.DEPTH 19: KeyError: 19"),
+        (["MODEL.FPN.FUSE_TYPE", "XX"], r"MODEL\.FPN\.FUSE_TYPE 'XX': AssertionError: .*\"avg\""),
+        (["MODEL.RETINANET.IN_FEATURES", "['p9']"], r"RETINANET\.IN_FEATURES \['p9'\]: KeyError"),
+        (["TEST.DETECTIONS_PER_IMAGE", "0"], "of TEST.DETECTIONS_PER_IMAGE 0: ValueError"),
+        (["SOLVER.LR_SCHEDULER_NAME", "XX"], r"schedule .* SOLVER\.LR_SCHEDULER_NAME 'XX': ValueE"),
+        (
+            ["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0.0"],
+            r"The optimiser .*SOLVER\.MOMENTUM",
+        ),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "XX"], r"The loader .*MIN_SIZE_TRAIN_SAMPLING 'XX': A"),
+        *(
+            (
+                ["TEST.EVAL_PERIOD", "1", "TEST.BEST_METRIC", x],
+                f"{x} is not evaluated: it may be bb",
+            )
+            for x in ("bbox/mAP", "AP", "segm/AP", "bbox/AP-no class", "bbox_TTA/AP")
+        ),
+    ],
+)
+def test_values_that_nothing_is_built_of(train_net, data_options, tmp_path, options, expected):
+    """They are refused before the training in one sentence that names the key."""
+    register, names = data_options
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=expected):
+        train_net(*register, *names, *TINY, "OUTPUT_DIR", output, *options)
+    assert not [*output.glob("model*")]
+    assert not (output / "metrics.json").exists()
+
+
+def test_a_part_of_the_users_own_that_fails(cfg, monkeypatch):
+    """Its error keeps the traceback, though it has a value of the config."""
+
+    def build(cfg, shape):
+        raise ValueError(f"my {cfg.MODEL.BACKBONE.NAME}")
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "mine", build)
+    cfg.MODEL.BACKBONE.NAME = "mine"
+    with pytest.raises(ValueError, match=r"^my mine$"):
+        Trainer.build_model(cfg)
+
+
+def test_best_only(train_net, data_options, tmp_path):
+    """--resume where nothing else is left does not begin anew beside it."""
+    register, names = data_options
+    (tmp_path / "model_best.pth").write_bytes(b"weights")
+    with pytest.raises(
+        SystemExit, match=r"no checkpoint .*, only model_best\.pth: .*MODEL\.WEIGHTS"
+    ):
+        train_net("--resume", *register, *names, *TINY, "OUTPUT_DIR", tmp_path)
 
 
 def test_ctrl_c_in_an_evaluation(train_net, data_options, run_folder, monkeypatch, tmp_path):
@@ -434,8 +505,12 @@ def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, seve
         for x in read_metrics(tmp_path / "output" / "metrics.json")
         if "bbox/AP" in x or "val/bbox/AP" in x
     )
-    for name in ("nms_recall/NR", "aspect_ratio/AP>5", "crowding/AR0", "bbox_TTA/AP"):
-        assert (f"train/{name}" if several else name) in metrics
+    # What TEST.BEST_METRIC may be is what there is.
+    known = Trainer.metrics(read_config(tmp_path / "output" / "config.yaml"))
+    evaluated = {x.removeprefix("train/") for x in metrics if "/" in x and "val/" not in x}
+    others = ("calibration", "threshold", "freeanchor")
+    assert set(known) == {x for x in evaluated if not x.startswith(others)}
+    assert {"nms_recall/NR", "aspect_ratio/AP>5", "crowding/AR0", "bbox_TTA/AP"} <= set(known)
     for folder in ("inference", "inference_TTA"):
         path = tmp_path / "output" / folder / "val" / "coco_instances_results.json"
         assert json.loads(path.read_text())

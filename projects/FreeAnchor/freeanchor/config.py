@@ -206,7 +206,7 @@ def merge_config(cfg: CfgNode, path: str | Path) -> None:
         raise FileError(f"{path} cannot be read: {e}") from e
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
         # What yacs and Detectron2 make of unknown keys and of values of another type.
-        raise FileError(f"{path}: {e.args[0] if e.args else e!r}") from e
+        raise FileError(f"{path}: {_reason(e)}") from e
     if cfg.MODEL.LOAD_PROPOSALS and not is_unsafe_allowed():
         raise FileError(
             f"{path}: MODEL.LOAD_PROPOSALS has Detectron2 read pickles, which could run code; "
@@ -256,9 +256,14 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     Raises:
         FreeAnchorError: a key is unknown or has no value, or a value is of another type.
     """
-    try:
-        cfg.merge_from_list(list(options))
-    except (AssertionError, KeyError, TypeError, ValueError) as e:
-        raise FreeAnchorError(
-            f"{' '.join(map(str, options))}: {e.args[0] if e.args else e!r}"
-        ) from e
+    for i in range(0, len(options), 2):
+        option = list(options[i : i + 2])
+        try:
+            cfg.merge_from_list(option)
+        except (AssertionError, KeyError, TypeError, ValueError) as e:
+            raise FreeAnchorError(f"{' '.join(map(str, option))}: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    """What yacs and Detectron2 say, without the quotes of a KeyError."""
+    return str(error.args[0]) if error.args else repr(error)

@@ -31,6 +31,7 @@ from ..modeling import (
     optimize_inference,
 )
 from ..modeling.backbone import check_deformable
+from ..values import building, check_values
 from .checkpoints import class_names, find_checkpoint
 
 __all__ = ["CONFIDENCE", "NONE_RECOMMENDED", "Predictor"]
@@ -98,6 +99,7 @@ class Predictor:
         merge_options(cfg, options)
         cfg.MODEL.DEVICE = choose_device(device)
         settings = inference_settings(cfg)
+        check_values(cfg, training=False)
         check_deformable(cfg, training=False)
         self.cfg, self.batch_size = cfg, batch_size
         self.class_names = class_names(cfg)
@@ -114,7 +116,8 @@ class Predictor:
             )
         if aug and is_two_stage(cfg):
             raise FreeAnchorError("aug is of one-stage models: several scales are not merged here")
-        self.model = build_model(cfg).eval()
+        with building("The model", cfg, "MODEL"):
+            self.model = build_model(cfg).eval()
         Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         self._set_thresholds(confidence, aug)
         if classes:

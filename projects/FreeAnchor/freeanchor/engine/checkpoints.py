@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -15,11 +15,11 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
-from ..errors import FileError
+from ..errors import FileError, FreeAnchorError
 from .random_state import random_state
 from .step import Request, TrainStep
 
-__all__ = ["BestCheckpointer", "Checkpoints"]
+__all__ = ["BestCheckpointer", "Checkpoints", "check_best_metric", "has_best"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,37 @@ class Checkpoints(HookBase):
         raise SystemExit(128 + number)
 
 
+def has_best(cfg: CfgNode) -> bool:
+    """Whether a training writes `model_best.pth`."""
+    return bool(cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST)
+
+
+def check_best_metric(cfg: CfgNode, metrics: Sequence[str]) -> None:
+    """Refuse a `TEST.BEST_METRIC` that is not evaluated, before the training.
+
+    Args:
+        cfg: config of the run.
+        metrics: those of a data set.
+
+    Raises:
+        FreeAnchorError: it is none of them.
+    """
+    names = cfg.DATASETS.TEST if len(cfg.DATASETS.TEST) > 1 else ("",)
+    if _best_metric(cfg) not in {f"{name}/{x}".lstrip("/") for name in names for x in metrics}:
+        raise FreeAnchorError(
+            f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC} is not evaluated: it may be "
+            f"{', '.join(metrics)}"
+        )
+
+
+def _best_metric(cfg: CfgNode) -> str:
+    """The metric of `model_best.pth`: of several data sets it begins with the name of one."""
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
+        return f"{names[0]}/{metric}"
+    return str(metric)
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, which also remembers the best when a run is resumed, and can end the run."""
 
@@ -154,12 +185,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
             checkpointer: what writes `model_best.pth`.
             step: where the processes agree to stop early.
         """
-        metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-        if len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
-            metric = f"{names[0]}/{metric}"
-        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
+        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, _best_metric(cfg))
         self._step = step
-        self._judged_by = [metric, *names]
+        self._judged_by = [_best_metric(cfg), *cfg.DATASETS.TEST]
         self._patience = cfg.TEST.EARLY_STOPPING
         self._evaluations_since = 0
 

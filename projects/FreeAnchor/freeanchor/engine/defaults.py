@@ -34,6 +34,8 @@ from ..data import (
 from ..errors import FileError, FreeAnchorError, check_folder
 from ..modeling.backbone import check_deformable
 from ..modeling.precision import choose_precision
+from ..values import check_values
+from .checkpoints import has_best
 
 __all__ = ["argument_parser", "build_config", "check", "keep_config", "setup"]
 
@@ -118,7 +120,10 @@ def check(args: argparse.Namespace) -> None:
     """
     _check_devices(args)
     cfg = build_config(args)
+    if not cfg.OUTPUT_DIR:
+        raise FreeAnchorError("OUTPUT_DIR is empty: name the folder of the run")
     check_folder(cfg.OUTPUT_DIR)
+    check_values(cfg, training=not args.eval_only)
     choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
     check_deformable(cfg, training=not args.eval_only)
     if args.eval_only:
@@ -131,7 +136,10 @@ def check(args: argparse.Namespace) -> None:
         if not cfg.MODEL.WEIGHTS and not args.resume:
             raise FreeAnchorError("--eval-only needs MODEL.WEIGHTS, or --resume")
     else:
-        _check_numbers(cfg)
+        if cfg.TEST.EARLY_STOPPING and not has_best(cfg):
+            raise FreeAnchorError(
+                "TEST.EARLY_STOPPING needs TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
+            )
         if not cfg.DATASETS.TRAIN:
             raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
     world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -152,15 +160,6 @@ def check(args: argparse.Namespace) -> None:
         check_images([name], ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
         find(cfg.MODEL.WEIGHTS)
-
-
-def _check_numbers(cfg: CfgNode) -> None:
-    """Refuse numbers with which nothing would be trained."""
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "ACCUMULATION_STEPS"):
-        if cfg.SOLVER[key] < 1:
-            raise FreeAnchorError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}")
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
-        raise FreeAnchorError("INPUT.MIN_SIZE_TRAIN is empty: name a size of the shorter side")
 
 
 def _check_pixels(cfg: CfgNode) -> None:
@@ -253,9 +252,14 @@ def keep_config(cfg: CfgNode) -> None:
 
 
 def _check_place(args: argparse.Namespace, output_dir: str) -> None:
-    """Refuse to start anew beside the run that is meant: moved, or seen from another folder."""
-    config = Path(args.config_file)
+    """Refuse to start anew beside what is left of a run, or one that was moved."""
+    config, best = Path(args.config_file), Path(output_dir) / "model_best.pth"
     is_new = not (Path(output_dir) / "last_checkpoint").is_file()
+    if is_new and [best] == [*Path(output_dir).glob("model_*.pth")]:
+        raise FreeAnchorError(
+            f"--resume: there is no checkpoint to go on with in {output_dir}, only {best.name}: to "
+            f"train it further, give MODEL.WEIGHTS {best} and another OUTPUT_DIR, without --resume"
+        )
     if is_new and _holds_run(config) and "OUTPUT_DIR" not in args.opts:
         raise FreeAnchorError(
             f"--resume: there is no checkpoint in {output_dir}, the OUTPUT_DIR of {config}, but "

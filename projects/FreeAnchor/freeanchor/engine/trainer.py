@@ -19,10 +19,16 @@ from torch import nn
 from ..checkpoint import Checkpointer, checksum
 from ..data import ImageReader, Mapper, load_training_set
 from ..errors import DatasetError, FreeAnchorError, LoaderError
-from ..evaluation import BoxEvaluator, NMSRecallEvaluator, ProposalRecallEvaluator
+from ..evaluation import (
+    BoxEvaluator,
+    NMSRecallEvaluator,
+    ProposalRecallEvaluator,
+    box_metrics,
+)
 from ..modeling import BagDetector, MultiScaleTest, has_bags
 from ..paths import file_stem
-from .checkpoints import BestCheckpointer, Checkpoints
+from ..values import building
+from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
 from .hooks import MatchingPictures
 from .learning import LearningCheck
 from .loader import TrainLoader
@@ -60,12 +66,16 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_batch(cfg)
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        with building("The optimiser", cfg, "SOLVER"):
+            optimizer = self.build_optimizer(cfg, model)
+        with building("The loader of the training set", cfg, "INPUT", "DATALOADER"):
+            data_loader = self.build_train_loader(cfg)
         devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         ddp_model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
-        self._trainer = TrainStep(cfg, ddp_model, data_loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        with building("The training step", cfg, "SOLVER", "DATALOADER"):
+            self._trainer = TrainStep(cfg, ddp_model, data_loader, optimizer)
+        with building("The schedule of the learning rate", cfg, "SOLVER"):
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         average = {} if self._trainer.ema is None else {"ema": self._trainer.ema}
         self.checkpointer = Checkpointer(
             model, cfg, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **average
@@ -225,7 +235,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model: nn.Module = super().build_model(cfg)
+        with building("The model", cfg, "MODEL", "TEST"):
+            model: nn.Module = super().build_model(cfg)
         optimize(cfg, model)
         return model
 
@@ -274,8 +285,23 @@ class Trainer(DefaultTrainer):
             keep_figures(cfg, results)
         return results
 
+    @classmethod
+    def metrics(cls, cfg: CfgNode) -> list[str]:
+        """What `TEST.BEST_METRIC` may be: of what :meth:`test` computes, what is best if high."""
+        found = box_metrics(cfg.MODEL.FREEANCHOR.CLASS_NAMES, cfg.MODEL.MASK_ON)
+        if cfg.TEST.AUG.ENABLED:
+            found += [x.replace("/", "_TTA/", 1) for x in found]
+        if cfg.TEST.NMS_RECALL:
+            limits = ("", *(round(100 * x) for x in NMSRecallEvaluator.IOU_THRESHS))
+            found += [f"nms_recall/NR{x}" for x in limits]
+        if cfg.TEST.PROPOSAL_RECALL:
+            found += [f"proposal_recall/AR@{x}" for x in ProposalRecallEvaluator.LIMITS]
+        return found
+
     def build_hooks(self) -> list[Any]:
         cfg, step = self.cfg, self._trainer
+        if has_best(cfg):
+            check_best_metric(cfg, self.metrics(cfg))
         self._checkpoints = Checkpoints(cfg, self.checkpointer, step)
 
         def evaluate() -> dict[str, Any]:
@@ -301,7 +327,7 @@ class Trainer(DefaultTrainer):
         # Before the evaluation, so that nothing is lost if that fails or is interrupted.
         result += [self._checkpoints, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if comm.is_main_process():
-            if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
+            if has_best(cfg):
                 result.append(BestCheckpointer(cfg, self.checkpointer, step))
             result.append(hooks.PeriodicWriter(self.build_writers()))
         return result

@@ -1,6 +1,6 @@
 """COCO AP, also of slender and crowded objects, what NMS and proposals find, what scores mean."""
 
-from .boxes import COCO_API, BoxEvaluator
+from .boxes import COCO_API, BoxEvaluator, box_metrics
 from .calibration import calibration, score_thresholds
 from .nms_recall import NMSRecallEvaluator
 from .outcomes import (
@@ -29,6 +29,7 @@ __all__ = [
     "Outcomes",
     "ProposalRecallEvaluator",
     "aspect_ratios",
+    "box_metrics",
     "calibration",
     "class_index",
     "confusion",

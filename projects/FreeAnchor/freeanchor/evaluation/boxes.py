@@ -37,9 +37,29 @@ except ImportError:
 
     COCO_API = "pycocotools"
 
-__all__ = ["COCO_API", "BoxEvaluator"]
+__all__ = ["COCO_API", "BoxEvaluator", "box_metrics"]
 
 logger = logging.getLogger(__name__)
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_PARTS = (
+    ("aspect_ratio", ASPECT_RATIOS, by_aspect_ratio),
+    ("crowding", CROWDING, by_crowding),
+)
+
+
+def box_metrics(classes: Sequence[str], masks: bool) -> list[str]:
+    """The figures of :class:`BoxEvaluator` that are the better the higher, as `task/metric`.
+
+    Args:
+        classes: the names of the classes.
+        masks: whether the model finds masks.
+    """
+    of_classes = [f"AP-{x}" for x in classes] if len(classes) > 1 else []
+    return [
+        *(f"{x}/{y}" for x in ("bbox", "segm")[: 1 + masks] for y in (*_METRICS, *of_classes)),
+        *(f"{x}/{y}{z}" for x, parts, _ in _PARTS for y in ("AP", "AR") for z, _ in parts),
+    ]
 
 
 class BoxEvaluator(DatasetEvaluator):
@@ -140,10 +160,7 @@ class BoxEvaluator(DatasetEvaluator):
             results["segm"] = self._results(masks, "segm")
         elif self._has_masks:
             logger.warning("The objects of the data set have no masks to compare those found with")
-        for name, ranges, values in (
-            ("aspect_ratio", ASPECT_RATIOS, by_aspect_ratio),
-            ("crowding", CROWDING, by_crowding),
-        ):
+        for name, ranges, values in _PARTS:
             results[name] = self._parts(truth, detections, img_ids, ranges, values)
             logger.info(f"By {name}:\n{create_small_table(results[name])}")
         results |= self._scores(judge(truth, detections, img_ids))
@@ -194,14 +211,13 @@ class BoxEvaluator(DatasetEvaluator):
 
     def _results(self, evaluated: dict[str, Any] | None, kind: str) -> dict[str, float]:
         """COCO's metrics and the AP of each class, in Detectron2's names."""
-        metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
         if evaluated is None:
             logger.warning("No predictions from the model!")
-            return dict.fromkeys(metrics, float("nan"))
+            return dict.fromkeys(_METRICS, float("nan"))
         precision = evaluated["precision"][..., -1]  # IoU, recall, class, size
         every, sizes = precision[..., 0], [precision[..., i] for i in (1, 2, 3)]
         values = [every, every[0], every[5], *sizes]
-        results = {metric: _mean(x) for metric, x in zip(metrics, values)}
+        results = {metric: _mean(x) for metric, x in zip(_METRICS, values)}
         logger.info(f"Evaluation results for {kind}:\n{create_small_table(results)}")
         names = self._metadata.get("thing_classes") or ()
         if len(names) > 1:

@@ -1,0 +1,144 @@
+"""The values of a config: what they may be, and which of them something cannot be built of."""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from .errors import FreeAnchorError
+
+__all__ = ["building", "check_values"]
+
+# Outside of it, nothing is trained or found, silently or after the first work is done.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        (
+            *("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS"),
+            *("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST", "TEST.PRECISE_BN.NUM_ITER"),
+            *("MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.TOPK_CANDIDATES_TEST"),
+        ),
+    ),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        (
+            *("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_FACTOR"),
+            *("SOLVER.BASE_LR", "SOLVER.BACKBONE_LR_FACTOR", "SOLVER.BIAS_LR_FACTOR"),
+            *("SOLVER.GAMMA", "SOLVER.WEIGHT_DECAY", "DATALOADER.NUM_WORKERS"),
+            "DATALOADER.REPEAT_THRESHOLD",
+            *("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "TEST.AUG.MIN_SIZES"),
+            *("TEST.AUG.MAX_SIZE_RATIO", "TEST.EARLY_STOPPING"),
+            *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "MODEL.FREEANCHOR.BBOX_REG_WEIGHT"),
+        ),
+    ),
+    (
+        "above 0",
+        lambda x: x > 0,
+        (
+            *("MODEL.PIXEL_STD", "MODEL.ANCHOR_GENERATOR.SIZES"),
+            *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "MODEL.RETINANET.BBOX_REG_WEIGHTS"),
+            "TEST.AUG.MAX_SIZE",
+        ),
+    ),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("SOLVER.EMA_DECAY", "SOLVER.MOMENTUM")),
+    ("above 0 and below 1", lambda x: 0 < x < 1, ("MODEL.RETINANET.PRIOR_PROB",)),
+    (
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        (
+            *("MODEL.RETINANET.FOCAL_LOSS_ALPHA", "MODEL.RETINANET.NMS_THRESH_TEST"),
+            *("MODEL.ROI_HEADS.NMS_THRESH_TEST", "MODEL.RPN.NMS_THRESH"),
+        ),
+    ),
+    ("below 2 ** 32", lambda x: x < 2**32, ("SEED",)),
+)
+# Whose code fails at values of a config; a user's own parts keep their tracebacks.
+_BUILDERS = {"detectron2", "freeanchor", "fvcore", "timm", "torch", *sys.stdlib_module_names}
+_ERRORS = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
+
+
+def check_values(cfg: CfgNode, training: bool) -> None:
+    """Refuse numbers with which nothing would be trained or found.
+
+    Args:
+        cfg: config of the run.
+        training: whether the keys of `SOLVER` matter.
+
+    Raises:
+        FreeAnchorError: a value is out of its range; the message has the key.
+    """
+    for what, is_right, keys in _RANGES:
+        for key in keys:
+            value = _get(cfg, key)
+            if (training or not key.startswith("SOLVER.")) and not all(map(is_right, _flat(value))):
+                raise FreeAnchorError(f"{key} must be {what}, got {value}")
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise FreeAnchorError("INPUT.MIN_SIZE_TRAIN is empty: name a size of the shorter side")
+
+
+@contextmanager
+def building(what: str, cfg: CfgNode, *parts: str) -> Iterator[None]:
+    """Name the keys of a config that something cannot be built of.
+
+    Args:
+        what: is built.
+        cfg: config of the run.
+        parts: of the config that it is built of, as `SOLVER`.
+
+    Raises:
+        FreeAnchorError: instead of errors of Detectron2, PyTorch and this package about a value.
+    """
+    try:
+        yield
+    except _ERRORS as e:
+        frames = list(traceback.walk_tb(e.__traceback__))
+        if not {x.f_globals.get("__name__", "").split(".")[0] for x, _ in frames} <= _BUILDERS:
+            raise
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        text = str(e) or str(last.line)
+        keys = [key for part in parts for key in _suspects(cfg, part, text)]
+        named = ", ".join(f"{key} {_get(cfg, key)!r}" for key in keys)
+        raise FreeAnchorError(
+            f"{what} cannot be built of {named or ' and '.join(parts)}: {type(e).__name__}: {text} "
+            f"({Path(last.filename).name}, line {last.lineno})"
+        ) from e
+
+
+def _suspects(cfg: CfgNode, part: str, text: str) -> Iterator[str]:
+    """The keys that an error may be about: it has their value, or their name as an argument."""
+    words = {x.strip(".") for x in re.findall(r"[\w.+-]+", text)}
+    names = {x.lower() for x in words}
+    for key, value in cfg[part].items():
+        if isinstance(value, CfgNode):
+            yield from (f"{part}.{x}" for x in _suspects(cfg[part], key, text))
+            continue
+        name = key.lower()
+        is_named = name in names or any("_" in x and x in name for x in names)
+        if is_named or any(_is_telling(x) and str(x) in words for x in _flat(value)):
+            yield f"{part}.{key}"
+
+
+def _is_telling(value: Any) -> bool:
+    """Whether a value stands for itself: neither the length of a list nor what many keys have."""
+    return isinstance(value, str) or (isinstance(value, int | float) and value not in range(10))
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for x in value:
+            yield from _flat(x)
+    else:
+        yield value
