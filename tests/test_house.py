@@ -171,6 +171,28 @@ def test_errors_of_commands(how, tmp_path):
     assert done.stderr.strip() == "freeanchor convert: There is no file nowhere.pth"
 
 
+@pytest.mark.parametrize(
+    ("command", "wrong", "expected"),
+    [
+        (["serve", "run"], ["--max-megabytes", "nan"], "at least 0, got nan"),
+        (["serve", "run"], ["--rate", "inf"], "at least 0, got inf"),
+        (["report", "run"], ["--num-images", "-1"], "at least 0, got -1"),
+        (["report", "run"], ["--score-thresh", "nan"], "in 0 to 1, got nan"),
+        (["visualize", "run"], ["--score-thresh", "7"], "in 0 to 1, got 7"),
+        (["shapes", "out"], ["--seed", "-1"], "at least 0, got -1"),
+        (["shapes", "out"], ["--num-train", "x"], "invalid int value: 'x'"),
+        (["predict", "run", "a.jpg"], ["--batch-size", "0"], "at least 1, got 0"),
+    ],
+)
+def test_numbers_of_options(command, wrong, expected, capsys):
+    """What no number of it can be is refused by name, and nan is none."""
+    with pytest.raises(SystemExit) as error:
+        main([*command, *wrong])
+    assert error.value.code == 2
+    assert f"argument {wrong[0]}: " in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith(expected)
+
+
 @pytest.mark.parametrize("folder", ["file", "file/folder"])
 @pytest.mark.parametrize(
     "command",

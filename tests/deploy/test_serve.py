@@ -237,6 +237,14 @@ def test_other_requests(port, method, path, headers, expected):
     assert "Access-Control-Allow-Origin" not in answered
 
 
+def test_head(port):
+    """It is answered as GET, without the body."""
+    for path in ("/", "/health"):
+        status, headers, body = ask(port, "HEAD", path)
+        assert (status, body) == (200, b"")
+        assert headers["Content-Type"] == ask(port, "GET", path)[1]["Content-Type"]
+
+
 def test_token(predictor):
     """Without it there is nothing but the page and its health, which hold nothing."""
     with serving(predictor, token="0123456789abcdef") as port:
@@ -521,7 +529,6 @@ def test_command(run_folder, monkeypatch):
         (["--port", "99999"], "--port 99999 cannot be used"),
         (["--confidence", "2"], "--confidence must be in 0 to 1"),
         (["--queue", "0"], "Limits must be positive"),
-        (["--rate", "nan"], "Limits must be positive"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["serve", str(run_folder), *wrong])

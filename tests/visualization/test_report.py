@@ -286,6 +286,25 @@ def test_page_of_a_run_that_was_not_evaluated_in_training(run):
     assert viewer["images"][0]["bags"] == [{}]
 
 
+def test_pages_of_an_evaluation_alone(run):
+    """--eval-only into a folder of its own: its figures and pictures, and no curves."""
+    _, triple, output = run
+    (output / "metrics.json").unlink()
+    (output / "model_final.pth").unlink()
+    arguments = [str(output), "--dataset", *triple, "--num-images", "1"]
+    with pytest.raises(SystemExit, match=r"no metrics\.json or inference/results\.json: it is not"):
+        main(["report", *arguments])
+    (output / "inference" / "results.json").write_text(json.dumps({"val": METRICS}))
+    arguments += ["--opts", "MODEL.WEIGHTS", "x<y>.pth"]
+    main(["report", *arguments])
+    page = Page(output / "report.html")
+    assert "an evaluation of x<y>.pth." in page.text
+    assert f"{METRICS['bbox/AP']:.1f}" in page.texts
+    main(["visualize", *arguments])
+    assert [x.name for x in (output / "pictures").iterdir()] != []
+    assert not (output / "pictures" / "curves.png").exists()
+
+
 def test_parts_in_the_order_of_their_limits(run):
     """Not in that of the alphabet, in which the file has them."""
     cfg, _, output = run

@@ -8,7 +8,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import Command, add_dataset_argument, add_options_argument, one_sentence
+from .command_line import (
+    Command,
+    add_dataset_argument,
+    add_options_argument,
+    number,
+    one_sentence,
+)
 from .errors import FreeAnchorError
 from .model_commands import MODEL_COMMANDS
 
@@ -22,10 +28,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     _add_run_options(parser)
-    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--num-images", type=number(int), default=8)
     parser.add_argument(
         "--score-thresh",
-        type=float,
+        type=number(float, 0, 1),
         help="least score (default: what the evaluation recommends for each class, or else 0.5)",
     )
     parser.add_argument(
@@ -58,10 +64,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "output_dirs", type=Path, nargs="+", metavar="output_dir", help="OUTPUT_DIR of one or two"
     )
     _add_run_options(parser)
-    parser.add_argument("--num-images", type=int, default=50, help="on the page (default: 50)")
+    parser.add_argument(
+        "--num-images", type=number(int), default=50, help="on the page (default: 50)"
+    )
     parser.add_argument(
         "--score-thresh",
-        type=float,
+        type=number(float, 0, 1),
         help="where the slider begins (default: what the evaluation of the first run recommends, "
         "or else 0.5)",
     )
@@ -153,9 +161,9 @@ def _replay(args: argparse.Namespace) -> None:
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--num-train", type=int, default=400)
-    parser.add_argument("--num-val", type=int, default=80)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-train", type=number(int), default=400)
+    parser.add_argument("--num-val", type=number(int), default=80)
+    parser.add_argument("--seed", type=number(int), default=0)
     parser.add_argument("--masks", action="store_true", help="with the masks of the objects")
 
 

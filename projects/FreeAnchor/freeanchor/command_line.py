@@ -1,13 +1,14 @@
 """What the commands and `train_net.py` share. It imports nothing heavy, for a quick --help."""
 
 import argparse
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .errors import FreeAnchorError
 
-__all__ = ["Command", "add_dataset_argument", "add_options_argument", "one_sentence"]
+__all__ = ["Command", "add_dataset_argument", "add_options_argument", "number", "one_sentence"]
 
 # What it is for, what adds its arguments, and what runs it.
 Command = tuple[
@@ -37,6 +38,22 @@ def add_options_argument(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="KEY VALUE",
         help=f"change {what}; the last option",
     )
+
+
+def number(
+    kind: Callable[[str], float], least: float = 0, most: float = math.inf
+) -> Callable[[str], float]:
+    """What reads the number of an option: int or float, in a range, and never nan or infinite."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            limits = f"at least {least}" if math.isinf(most) else f"in {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a number, {limits}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's own words: invalid int value
+    return read
 
 
 @contextmanager

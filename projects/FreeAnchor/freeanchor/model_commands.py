@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .command_line import Command, add_options_argument
+from .command_line import Command, add_options_argument, number
 from .errors import FreeAnchorError, check_folder
 
 __all__ = ["MODEL_COMMANDS"]
@@ -39,14 +39,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--confidence",
-        type=float,
+        type=number(float),
         help="least score (default: what is recommended for each class, if the model comes with "
         "thresholds.json, or else 0.5)",
     )
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="CLASS", help="only these, names or indices"
     )
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=number(int, 1), default=1)
     parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
     parser.add_argument("--aug", action="store_true", help="detect at the scales of TEST.AUG")
     add_options_argument(parser, "the config of the model")
@@ -78,20 +78,27 @@ def _predict(args: argparse.Namespace) -> None:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="(default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any (default: 8000)")
+    parser.add_argument("--port", type=number(int), default=8000, help="0 for any (default: 8000)")
     parser.add_argument(
         "--confidence",
-        type=float,
+        type=number(float),
         help="where the slider begins (default: the recommended score, or else 0.5)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
-    parser.add_argument("--max-megabytes", type=float, default=20, help="of a file (default: 20)")
     parser.add_argument(
-        "--max-megapixels", type=float, default=40, help="of a picture (default: 40)"
+        "--max-megabytes", type=number(float), default=20, help="of a file (default: 20)"
     )
-    parser.add_argument("--queue", type=int, default=16, help="pictures that wait (default: 16)")
     parser.add_argument(
-        "--rate", type=float, default=240, help="per minute and address; 0 for any (default: 240)"
+        "--max-megapixels", type=number(float), default=40, help="of a picture (default: 40)"
+    )
+    parser.add_argument(
+        "--queue", type=number(int), default=16, help="pictures that wait (default: 16)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=number(float),
+        default=240,
+        help="per minute and address; 0 for any (default: 240)",
     )
     add_options_argument(parser, "the config of the model")
 
@@ -132,7 +139,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="boxes and scores of all anchors, instead of detections",
     )
     parser.add_argument(
-        "--confidence", type=float, default=0.05, help="least score (default: 0.05)"
+        "--confidence", type=number(float), default=0.05, help="least score (default: 0.05)"
     )
     add_options_argument(parser, "the config of the model")
 
@@ -167,16 +174,20 @@ def _push(args: argparse.Namespace) -> None:
 
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a config file, or its name in the model zoo")
-    parser.add_argument("--images", type=int, help="of a training step (default: the config's)")
+    parser.add_argument(
+        "--images", type=number(int, 1), help="of a training step (default: the config's)"
+    )
     parser.add_argument(
         "--size",
-        type=int,
+        type=number(int),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="of the images (default: the config's for training)",
     )
-    parser.add_argument("--objects", type=int, default=7, help="in an image (default: 7)")
-    parser.add_argument("--runs", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument("--objects", type=number(int), default=7, help="in an image (default: 7)")
+    parser.add_argument(
+        "--runs", type=number(int, 1), default=5, help="timed steps of each (default: 5)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
     add_options_argument(parser, "the config")
 

@@ -305,10 +305,13 @@ def make_app(
                 metrics.seconds.labels("work").observe(time.monotonic() - start)
                 return result
 
+    # Proxies and monitors ask by HEAD, whose answers the server sends without their body.
+    @app.head("/", include_in_schema=False)
     @app.get("/")
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         since = gate.busy_since

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names, replacing
-from ..command_line import add_dataset_argument
+from ..command_line import add_dataset_argument, number
 from ..config import (
     add_freeanchor_config,
     is_two_stage,
@@ -56,7 +56,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(float),
         default=30,
         metavar="MINUTES",
         help="how long a process waits for the others before it gives up (default: 30)",

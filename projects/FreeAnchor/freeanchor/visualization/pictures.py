@@ -100,7 +100,8 @@ def write_pictures(
     for picture in pictures.glob("*.png"):  # of another model, or other images
         picture.unlink()
     metrics = read_metrics(output_dir / "metrics.json")
-    draw_curves(metrics).savefig(pictures / "curves.png", dpi=120)
+    if metrics:
+        draw_curves(metrics).savefig(pictures / "curves.png", dpi=120)
     for name in cfg.DATASETS.TEST:
         records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
         detections = read_detections(cfg, name, records)

@@ -217,11 +217,12 @@ def write_report(cfgs: Sequence[CfgNode], num_images: int, score_thresh: float |
     title = " and ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for run in runs:
-        iterations = int(run.metrics[-1]["iteration"]) if run.metrics else 0
-        parts.append(
-            f"<p>{html.escape(run.name)}: {run.cfg.MODEL.META_ARCHITECTURE}, {iterations} "
-            f"iterations of {run.cfg.SOLVER.IMS_PER_BATCH} images.</p>"
-        )
+        if run.metrics:
+            what = f"{int(run.metrics[-1]['iteration'])} iterations of "
+            what += f"{run.cfg.SOLVER.IMS_PER_BATCH} images"
+        else:
+            what = f"an evaluation of {html.escape(run.cfg.MODEL.WEIGHTS)}"
+        parts.append(f"<p>{html.escape(run.name)}: {run.cfg.MODEL.META_ARCHITECTURE}, {what}.</p>")
         warning = Path(run.cfg.OUTPUT_DIR) / NOT_LEARNING
         if warning.is_file():
             text = warning.read_text(encoding="utf-8", errors="replace")

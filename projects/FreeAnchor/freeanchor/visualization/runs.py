@@ -42,16 +42,19 @@ def read_run(
     """Read the config of a finished run, and register its data sets.
 
     Args:
-        output_dir: `OUTPUT_DIR` of the training.
+        output_dir: `OUTPUT_DIR` of the training, or of an evaluation alone.
         datasets: see :func:`freeanchor.data.register_datasets`.
         options: keys and values, one after another, that change the config.
 
     Raises:
         FreeAnchorError: something that the run should have is not there.
     """
-    for name in ("config.yaml", "metrics.json"):
-        if not (output_dir / name).is_file():
-            raise FileError(f"{output_dir} has no {name}: it is not the output of a training")
+    for names in (("config.yaml",), ("metrics.json", "inference/results.json")):
+        if not any((output_dir / name).is_file() for name in names):
+            raise FileError(
+                f"{output_dir} has no {' or '.join(names)}: it is not the output of a training or "
+                "an evaluation"
+            )
     cfg = read_config(output_dir / "config.yaml")
     merge_options(cfg, options)
     register_datasets(datasets, cfg.MODEL.MASK_ON)
@@ -79,8 +82,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             with its run is left out.
 
     Returns:
-        One record per iteration, in increasing order of `iteration`.
+        One record per iteration, in increasing order of `iteration`; none of an evaluation alone,
+        which has no such file.
     """
+    if not path.is_file():
+        return []
     records: dict[int, dict[str, float]] = {}
     newest = -1  # iteration of the training step that was written last
     for line in path.read_text().splitlines(keepends=True):
