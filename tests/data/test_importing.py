@@ -102,6 +102,8 @@ def test_imported_data_trains(voc, tmp_path):
         (voc_xml("a.jpg", [], (48, 64)), "says that its image has 48 x 64 pixels, but .*64 x 48"),
         (voc_xml("a.jpg", [("cat", ("x", 1, 2, 3), 0)]), r"a\.xml: "),
         (voc_xml("a.jpg", [("cat", ("nan", 1, 2, 3), 0)]), r"a\.xml: "),
+        (voc_xml("a.jpg", [(" ", (1, 1, 2, 3), 0)]), r"a\.xml has an object with an empty name"),
+        (voc_xml("a.jpg", [("cat", (1, 1, 2, 3), 2)]), r"a\.xml: `difficult` is '2', and should"),
     ],
 )
 def test_voc_that_cannot_be_right(voc, tmp_path, content, expected):
@@ -136,6 +138,18 @@ def test_voc_as_editors_leave_it(voc, tmp_path):
     names, found = read(tmp_path / "out.json", voc / "JPEGImages")
     assert names == ["ant", "cat", "dog"]
     assert {x: len(boxes) for x, boxes in found.items()} == {"a.png": 2, "b.jpg": 0, "c.d.jpg": 1}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("1", 1), (" True\n", 1), ("0", 0), ("false", 0), ("", 0)]
+)
+def test_difficult_objects(voc, tmp_path, written, expected):
+    """They are none to be found, however a tool says yes."""
+    xml = voc_xml("a.jpg", [("cat", (1, 1, 9, 9), written)])
+    (voc / "Annotations" / "a.xml").write_text(xml)
+    data.import_voc(voc, tmp_path / "out.json")
+    _, found = read(tmp_path / "out.json", voc / "JPEGImages")
+    assert found["a.jpg"] == [("cat", [0.0, 0.0, 9.0, 9.0], expected)]
 
 
 def test_voc_in_folders(voc, tmp_path):

@@ -25,6 +25,13 @@ from .readings import write_coco
 __all__ = ["import_voc", "import_yolo"]
 
 
+# What tools write for VOC's 0 and 1.
+_FLAGS = {"": False, "0": False, "1": True} | {
+    "no": False,
+    "false": False,
+    "yes": True,
+    "true": True,
+}
 # Before, supervision took the last pixel of VOC's boxes for none of theirs.
 _SUPERVISION = (0, 31)
 
@@ -85,6 +92,8 @@ def import_voc(
             raise DatasetError(f"{path} is no XML file: {e}") from e
         for name in trees[stem].iterfind("object/name"):
             name.text = (name.text or "").strip()  # what lays out a file is no part of a name
+            if not name.text:
+                raise DatasetError(f"{path} has an object with an empty name")
     # Those of all files, so that all parts of a split have the same.
     names = sorted({x.text for tree in trees.values() for x in tree.iterfind("object/name")})
     stems = _read_split(split, list(trees), folder) if split else list(trees)
@@ -97,9 +106,14 @@ def import_voc(
         _check_voc_size(tree, size, path, image)
         try:
             found, _ = pascal_voc.detections_from_xml_obj(tree, names, size)
-        except (ValueError, KeyError, AttributeError) as e:
+            difficult = [
+                _FLAGS[x.findtext("difficult", "0").strip().lower()]
+                for x in tree.iterfind("object")
+            ]
+        except KeyError as e:
+            raise DatasetError(f"{path}: `difficult` is {e}, and should be 0 or 1") from e
+        except (ValueError, AttributeError) as e:
             raise DatasetError(f"{path}: {e}") from e
-        difficult = [x.findtext("difficult", "0").strip() == "1" for x in tree.iterfind("object")]
         writer.add(os.path.relpath(image, images), size, found.xyxy, found.class_id, difficult)
     writer.write(out)
     return images
