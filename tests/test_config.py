@@ -15,6 +15,7 @@ from freeanchor.checkpoint import catalog
 from freeanchor.config import CONFIGS, read_config
 from freeanchor.errors import FileError
 from freeanchor.modeling import LTM, FreeAnchorRPN
+from freeanchor.values import check_values
 from iopath.common.file_io import HTTPURLHandler
 
 COCO = sorted((REPOSITORY / "configs" / "COCO-Detection").glob("*.yaml"))
@@ -46,6 +47,12 @@ def load(path):
     cfg.merge_from_file(str(path))
     cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_values_are_in_their_ranges(path):
+    """No config is refused for a value before its training."""
+    check_values(load(path), training=True)
 
 
 def test_every_config_is_checked():
