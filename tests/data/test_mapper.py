@@ -123,6 +123,25 @@ def test_bad_scale_jitter(cfg):
         data.Mapper(cfg, is_train=True)
 
 
+def test_augmentation_that_fails(cfg, records, broken):
+    """Its error is its own: the image is not broken, and no other takes its place."""
+    mapper = data.Mapper(cfg, is_train=True, spares=broken)
+
+    def fail(seen):
+        raise ValueError("mine")
+
+    mapper.augmentations = fail
+    with pytest.raises(ValueError, match=r"^mine"):
+        mapper(records[0])
+
+
+@pytest.mark.parametrize("image_format", ["1", "P", "I", "F"])
+def test_formats_without_channels(image_format):
+    """Palettes, bits and deep pixels are nothing that a network takes."""
+    with pytest.raises(DatasetError, match=rf"INPUT\.FORMAT '{image_format}' is not known: it is"):
+        data.num_channels(image_format)
+
+
 def test_unknown_format():
     """It says what there is."""
     with pytest.raises(DatasetError, match=r"INPUT\.FORMAT 'BRG' is not known: it is BGR"):

@@ -27,6 +27,7 @@ def folder(images, tmp_path):
     cv2.imwrite(str(folder / "a.png"), images[0])
     cv2.imwrite(str(folder / "c.png"), images[1])
     (folder / "notes.txt").write_text("not an image by its name")
+    (folder / "._a.png").write_text("what a Mac has beside it")
     write_video(folder / "v.avi", [images[0]] * 3)
     return folder
 

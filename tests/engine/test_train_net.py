@@ -339,6 +339,10 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
         (["SOLVER.IMS_PER_BATCH", "0"], r"SOLVER\.IMS_PER_BATCH must be at least 1"),
         (["SOLVER.ACCUMULATION_STEPS", "0"], r"SOLVER\.ACCUMULATION_STEPS must be at least 1"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN", "(80,64)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+            r"INPUT\.MIN_SIZE_TRAIN must be the smaller size first, got \(80, 64\)",
+        ),
         (["SEED", "99999999999"], r"SEED must be below 2 \*\* 32, got 99999999999"),
         (["SOLVER.EMA_DECAY", "1.0"], r"EMA_DECAY must be at least 0 and below 1, got 1\.0"),
         (["SOLVER.WARMUP_ITERS", "-1"], r"SOLVER\.WARMUP_ITERS must be at least 0, got -1"),

@@ -79,7 +79,10 @@ def check_values(cfg: CfgNode, training: bool) -> None:
             value = _get(cfg, key)
             if (training or not key.startswith("SOLVER.")) and not all(map(is_right, _flat(value))):
                 raise FreeAnchorError(f"{key} must be {what}, got {value}")
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and sorted(sizes) != list(sizes):
+        raise FreeAnchorError(f"INPUT.MIN_SIZE_TRAIN must be the smaller size first, got {sizes}")
+    if not sizes:
         raise FreeAnchorError("INPUT.MIN_SIZE_TRAIN is empty: name a size of the shorter side")
 
 

@@ -53,17 +53,21 @@ def num_channels(image_format: str) -> int:
     """The channels of an `INPUT.FORMAT`.
 
     Raises:
-        DatasetError: neither Detectron2 nor Pillow knows the format.
+        DatasetError: neither Detectron2 nor Pillow has channels of the format.
     """
     if image_format in _OF_DETECTRON2:
         return 3
     try:
-        return Image.getmodebands(image_format)
-    except KeyError as e:
+        number = Image.getmodebands(image_format)
+    except KeyError:
+        number = 0
+    # Other modes of one channel have no channels of 8 bits: palettes, deep pixels, bits.
+    if number == 0 or (number == 1 and image_format != "L"):
         raise DatasetError(
             f"INPUT.FORMAT {image_format!r} is not known: it is BGR, YUV-BT.601 or a mode of "
-            "Pillow (RGB, L, RGBA, CMYK, ...)"
-        ) from e
+            "Pillow with 8 bits (RGB, L, RGBA, CMYK, ...)"
+        )
+    return number
 
 
 @dataclass

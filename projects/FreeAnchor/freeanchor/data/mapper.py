@@ -87,26 +87,7 @@ class Mapper(DatasetMapper):
         Raises:
             DatasetError: an image cannot be read, and none may be in its place.
         """
-        record = dataset_dict
-        while True:
-            try:
-                return self._map(record)
-            except (OSError, ValueError, SyntaxError) as e:
-                problem = f"{record['file_name']} cannot be read: {e}"
-                if not (self.is_train and self.spares and self._num_broken < self.max_broken):
-                    raise DatasetError(problem) from e
-                self._num_broken += 1
-                logger.warning(
-                    f"{problem}. Another image takes its place, as at most {self.max_broken} "
-                    "times (DATALOADER.MAX_BROKEN_IMAGES)"
-                )
-                # By a random number, which a run that goes on draws again.
-                record = random.choice(self.spares)
-
-    def _map(self, record: dict[str, Any]) -> dict[str, Any]:
-        record = copy.deepcopy(record)
-        image = self._read(record["file_name"])
-        check_image_size(record, image)
+        record, image = self._read_one(dataset_dict)
         seen = T.AugInput(image)
         transforms = self.augmentations(seen)
         image = seen.image
@@ -155,6 +136,26 @@ class Mapper(DatasetMapper):
         if self.recompute_boxes and objects:  # what a crop leaves of the mask
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = filter_empty_instances(instances)
+
+    def _read_one(self, record: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """A copy of the record, or of one in its place, and its image."""
+        while True:
+            copied = copy.deepcopy(record)
+            try:
+                image = self._read(record["file_name"])
+                check_image_size(copied, image)
+                return copied, image
+            except (OSError, ValueError, SyntaxError) as e:
+                problem = f"{record['file_name']} cannot be read: {e}"
+                if not (self.is_train and self.spares and self._num_broken < self.max_broken):
+                    raise DatasetError(problem) from e
+                self._num_broken += 1
+                logger.warning(
+                    f"{problem}. Another image takes its place, as at most {self.max_broken} "
+                    "times (DATALOADER.MAX_BROKEN_IMAGES)"
+                )
+                # By a random number, which a run that goes on draws again.
+                record = random.choice(self.spares)
 
     def _read(self, path: str) -> Any:
         try:

@@ -81,7 +81,11 @@ def _files(source: str) -> list[str]:
         return [source]
     if path.is_dir():
         suffixes = (*IMAGE_SUFFIXES, *_VIDEOS)
-        files = sorted(str(x) for x in path.iterdir() if x.suffix.lower() in suffixes)
+        files = sorted(
+            str(x)
+            for x in path.iterdir()
+            if x.suffix.lower() in suffixes and not x.name.startswith(".")  # as a pattern has it
+        )
         if not files:
             raise DatasetError(f"{source} is a folder without images or videos")
         return files
