@@ -216,7 +216,7 @@ def test_what_only_the_config_in_the_checkpoint_tells(tmp_path, key, pixels):
     assert freeanchor["INPUT.FORMAT"] == "RGB"
 
 
-@pytest.mark.parametrize("meta", [{}, {"config": "no Python ("}, {"cfg": "a = 1"}, {"cfg": 3}])
+@pytest.mark.parametrize("meta", [3, {}, {"config": "no Python ("}, {"cfg": "a = 1"}, {"cfg": 3}])
 def test_without_a_config_in_the_checkpoint(caplog, meta):
     """FreeAnchor and RetinaNet have the same tensors: the log says so, the config decides."""
     with caplog.at_level(logging.WARNING):
@@ -229,7 +229,7 @@ def test_without_a_config_in_the_checkpoint(caplog, meta):
     ("option", "message"),
     [
         ({"scale": 8}, "octave_base_scale=8"),
-        ({"coder": "TBLRBBoxCoder"}, "bbox_coder='TBLR"),
+        ({"coder": "TBLRBBoxCoder"}, "type='TBLR"),
         ({"std": 0.0}, "ZeroDivisionError"),
         ({"preprocessor": "data_preprocessor=3,"}, "the config in it is not"),
     ],
@@ -238,6 +238,56 @@ def test_config_in_the_checkpoint_that_freeanchor_cannot_have(tmp_path, option, 
     """Other anchors or boxes would give silently wrong detections."""
     with pytest.raises(FileError, match=message):
         converted(MMDET, meta={"cfg": description(tmp_path, **option)})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("ratios", "strides=[4, 8, 16, 32, 64], ratios"),
+        ("ratios", "base_sizes=[4, 4, 4, 4, 4], ratios"),
+        ("octave_base_scale=4, scales_per_octave=3", "scales=[2, 3, 8]"),
+        ("anchor_generator=dict(", "anchor_generator=dict(type='LegacyAnchorGenerator', "),
+        ("target_stds", "target_means=[1., 0., 0., 0.], target_stds"),
+        ("depth=50", "depth=50, strides=(1, 2, 2, 1)"),
+        ("depth=50", "depth=50, dilations=(1, 1, 1, 2)"),
+        ("add_extra_convs", "upsample_cfg=dict(mode='bilinear'), add_extra_convs"),
+        ("anchor_generator", "loss_cls=dict(use_sigmoid=False), anchor_generator"),
+    ],
+)
+def test_what_the_tensors_of_mmdetection_do_not_show(tmp_path, before, after):
+    """Anchors, boxes and strides of other values have tensors of the same shapes."""
+    text = description(tmp_path)
+    assert before in text
+    converted(MMDET, meta={"cfg": text})
+    with pytest.raises(FileError, match="is supported"):
+        converted(MMDET, meta={"cfg": text.replace(before, after)})
+
+
+def test_pixels_of_mmdetection_3_are_bgr_unless_it_says_rgb(tmp_path):
+    text = description(
+        tmp_path, preprocessor="data_preprocessor=dict(mean=[1, 2, 3], std=[4, 5, 6]),"
+    )
+    assert converted(MMDET, meta={"cfg": text}).config["INPUT.FORMAT"] == "BGR"
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "std", "stride_in_1x1"),
+    [(1, 64, [1.0, 1.0, 1.0], True), (32, 8, [57.375, 57.12, 58.395], False)],
+    ids=["MSRA's R-50", "Facebook's X-50"],
+)
+def test_caffe_style_of_openmmlab(groups, width, std, stride_in_1x1):
+    """Torchvision's names, but BGR and other strides: as Detectron's, statistics are folded."""
+    state = random_resnet(
+        Bottleneck, [3, 4, 6, 3], groups=groups, width_per_group=width
+    ).state_dict()
+    for name, tensor in state.items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.fill_(name.endswith("var"))
+    config = convert({"state_dict": state}, "resnet50_msra.pth").config
+    assert config["INPUT.FORMAT"] == "BGR"
+    assert config["MODEL.PIXEL_MEAN"] == [103.53, 116.28, 123.675]
+    assert config["MODEL.PIXEL_STD"] == std
+    assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is stride_in_1x1
 
 
 BROKEN = {

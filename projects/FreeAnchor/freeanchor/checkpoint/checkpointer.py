@@ -201,6 +201,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
+        if self._is_result:
+            take_average(checkpoint, filename)
         backbone = from_timm(checkpoint, filename, self.cfg)
         if backbone is not None:
             checkpoint = {"model": backbone[0], CONFIG_KEY: backbone[1]}
@@ -208,12 +210,25 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint = to_detectron2(checkpoint, filename)
         if wants_heuristics(self.path):
             checkpoint["matching_heuristics"] = True
+        if CONFIG_KEY not in checkpoint:
+            self._warn_of_retinanet(checkpoint["model"])
         config = checkpoint.pop(CONFIG_KEY, {})
         self._check_classes(config.pop(CLASS_NAMES, []))
         self._check_config(config)
-        if self._is_result:
-            take_average(checkpoint, filename)
         return checkpoint
+
+    def _warn_of_retinanet(self, weights: dict[str, Any]) -> None:
+        """Detectron2's RetinaNet has the tensors of a FreeAnchor, but boxes of another scale."""
+        of_retinanet = (1.0, 1.0, 1.0, 1.0)
+        if (
+            self.cfg is not None
+            and "head.bbox_pred.weight" in weights
+            and tuple(self.cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS) != of_retinanet
+        ):
+            self.logger.warning(
+                f"The weights {self.path} do not say what trained them. If it was Detectron2's "
+                f'RetinaNet, set MODEL.RETINANET.BBOX_REG_WEIGHTS "{of_retinanet}"'
+            )
 
     def _check_classes(self, names: list[str]) -> None:
         """Compare the classes of a checkpoint with those of the config, by name."""

@@ -25,6 +25,7 @@ from .files import (
 )
 from .formats import CONVERTERS
 from .thresholds import copy_thresholds
+from .weights import find_weights
 
 __all__ = ["convert", "convert_file", "take_average", "to_detectron2"]
 
@@ -45,18 +46,17 @@ def to_detectron2(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         FileError: see :func:`convert`.
     """
-    converted = convert(checkpoint, source)
+    weights = find_weights(checkpoint, source)
+    converted = _convert(weights, checkpoint, source)
     if converted is not None:
         return {"model": converted.weights, CONFIG_KEY: converted.config}
     if "model_state" in checkpoint:
-        weights = {k: v for k, v in checkpoint["model_state"].items() if not is_counter(k)}
+        weights = {k: v for k, v in weights.items() if not is_counter(k)}
         return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if "model" in checkpoint:
-        return checkpoint
+        return {**checkpoint, "model": weights}
     if not source.endswith(".pkl"):
-        return {"model": checkpoint}
-    weights = checkpoint.get("blobs", checkpoint)
-    weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+        return {"model": weights}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
@@ -64,13 +64,13 @@ def take_average(checkpoint: dict[str, Any], source: str) -> None:
     """Put the average of the weights (`SOLVER.EMA_DECAY`) in their place, if there is one.
 
     Args:
-        checkpoint: see :func:`to_detectron2`; changed.
+        checkpoint: see :func:`freeanchor.checkpoint.read_checkpoint`; changed.
         source: the name of the file.
     """
-    if "ema" in checkpoint:
+    average = checkpoint.get("ema")
+    if isinstance(average, dict) and "n_averaged" in average:  # others' may be anything
         logger.info(f"Taking the average of the weights (SOLVER.EMA_DECAY) in {source}")
-        average = checkpoint.pop("ema")
-        average.pop("n_averaged")
+        del checkpoint["ema"], average["n_averaged"]
         checkpoint["model"] = {k.removeprefix("module."): v for k, v in average.items()}
 
 
@@ -86,15 +86,18 @@ def convert(checkpoint: dict[str, Any], source: str) -> Converted | None:
 
     Raises:
         FileError: tensors are unknown, missing or of the wrong shape, which the message lists, or
-            the model has something that FreeAnchor's configs cannot say.
+            the model has something that FreeAnchor's configs cannot say; or see
+            :func:`freeanchor.checkpoint.weights.find_weights`.
     """
-    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    if not isinstance(state, dict):
-        return None
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    return _convert(find_weights(checkpoint, source), checkpoint, source)
+
+
+def _convert(weights: dict[str, Any], checkpoint: dict[str, Any], source: str) -> Converted | None:
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    meta = checkpoint.get("meta")
     for marker, converter in CONVERTERS.items():
-        if marker in state:
-            return converter(state, checkpoint.get("meta", {}), source).convert()
+        if marker in weights:
+            return converter(weights, meta if isinstance(meta, dict) else {}, source).convert()
     return None
 
 
@@ -110,10 +113,10 @@ def convert_file(source: str, out: Path) -> None:
     if out.exists() and out.samefile(path):
         raise FileError(f"{out} is the source: give another name")
     checkpoint = read_checkpoint(path)
+    take_average(checkpoint, path)
     loadable = to_detectron2(checkpoint, path)
     if loadable.get("matching_heuristics"):
         raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
-    take_average(loadable, path)
     weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
     config = loadable.get(CONFIG_KEY, {})
     if config.keys() <= {CLASS_NAMES}:
@@ -125,7 +128,10 @@ def convert_file(source: str, out: Path) -> None:
     write_checkpoint(out, weights, config)
     copy_thresholds(Path(path).parent, out.parent, weights)
     if cfg is None:
-        logger.info(f"{path} is Detectron2's: wrote {len(weights)} tensors to {out}, and no config")
+        logger.info(
+            f"{path} is of no format that is converted: wrote its {len(weights)} tensors to {out} "
+            "as they are, and no config"
+        )
         return
     cfg.MODEL.WEIGHTS = str(out)
     out.with_suffix(".yaml").write_text(cfg.dump())

@@ -116,16 +116,24 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except Exception as e:  # whatever a parser makes of bytes that are not what they should be
         reason = str(e).strip().partition("\n")[0] or type(e).__name__
         raise FileError(
-            f"{path} is damaged, cut off or of another type than its name says ({reason}): get it "
-            "again from where it came from"
+            f"{path} is damaged, cut off or of another type than its name says ({reason}): remove "
+            "it, and get it again from where it came from"
         ) from e
     if not is_unsafe_allowed():
         _check_size(path, _num_bytes(checkpoint, set()))
     if not isinstance(checkpoint, dict):
         raise FileError(f"{path} holds one {type(checkpoint).__name__}, not tensors with names")
-    if not isinstance(checkpoint.get(CONFIG_KEY, {}), dict):
+    if not _is_config(checkpoint.get(CONFIG_KEY, {})):
         raise FileError(f"{path} is damaged: the config keys in it are none")
     return checkpoint
+
+
+def _is_config(value: Any) -> bool:
+    """Whether an entry can be config keys, among them names as names of classes."""
+    if not isinstance(value, dict):
+        return False
+    names = value.get(CLASS_NAMES, [])
+    return isinstance(names, list) and all(isinstance(x, str) for x in (*value, *names))
 
 
 def _check_size(path: str, num_bytes: int) -> None:
@@ -143,7 +151,9 @@ def _num_bytes(value: Any, seen: set[int]) -> int:
     if id(value) in seen:
         return 0
     seen.add(id(value))
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()  # sparse ones have no nbytes
+    if isinstance(value, np.ndarray):
         return int(value.nbytes)
     if isinstance(value, dict):
         value = value.values()
@@ -171,7 +181,7 @@ def read_class_names(path: str) -> list[str]:
         FileError: the file cannot be read.
     """
     config = read_checkpoint(find(path)).get(CONFIG_KEY, {})
-    return [str(x) for x in config.get(CLASS_NAMES, [])]
+    return list(config.get(CLASS_NAMES, []))
 
 
 def check_checkpoint_path(path: Path) -> None:
@@ -295,7 +305,8 @@ def _read_torch(path: str) -> Any:
             r"GLOBAL (\S+)|(TorchScript)|(?:Trying to|Can only) .*(?:function|got) (\S+)", str(e)
         )
         if refused is None:
-            raise
+            # What PyTorch says first is how to read it unsafely.
+            raise ValueError(re.split(r"WeightsUnpickler error: ", str(e))[-1].strip()) from e
         raise unpickle.RefusedError(next(filter(None, refused.groups()))) from e
 
 

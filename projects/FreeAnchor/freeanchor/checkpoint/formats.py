@@ -49,10 +49,30 @@ class _ImageNet(Converter):
 
     def adapt(self) -> dict[str, Any]:
         self.leave_out([k for k in self.weights if k.startswith("fc.")], "the classes of ImageNet")
+        if self.has_any("norm.bias") and not self.has_any("norm.running_mean"):
+            # Torchvision's names, but the statistics are in the weights: OpenMMLab's "caffe" style,
+            # which it made of Detectron's.
+            return self.caffe_config()
         return {
             **_TORCHVISION_PIXELS,
             **self.resnet_config(),
             "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        }
+
+    def has_any(self, suffix: str) -> bool:
+        """Whether tensors of such a name have a value besides 0."""
+        return any(bool(v.any()) for k, v in self.weights.items() if k.endswith(suffix))
+
+    def caffe_config(self) -> dict[str, Any]:
+        self.format = "an ImageNet model in Caffe's style, as OpenMMLab's"
+        config = self.resnet_config()
+        is_msra = config.get("MODEL.RESNETS.NUM_GROUPS", 1) == 1  # the ResNeXts are Facebook's
+        return {
+            **config,
+            "INPUT.FORMAT": "BGR",
+            "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+            "MODEL.PIXEL_STD": [1.0, 1.0, 1.0] if is_msra else [57.375, 57.12, 58.395],
+            "MODEL.RESNETS.STRIDE_IN_1X1": is_msra,
         }
 
 
@@ -108,13 +128,23 @@ class _MMDetection(Converter):
         head = described.get("bbox_head") or {}
         coder = head.get("bbox_coder") or head
         anchors = head.get("anchor_generator") or head
-        for key, value, known in (
-            ("bbox_coder", coder.get("type") if coder is not head else None, "DeltaXYWHBBoxCoder"),
-            ("octave_base_scale", anchors.get("octave_base_scale"), 4),
-            ("scales_per_octave", anchors.get("scales_per_octave"), NUM_SIZES),
-            ("ratios", anchors.get("ratios"), RATIOS),
-            ("center_offset", anchors.get("center_offset"), 0.0),
+        for part, key, known in (
+            (coder if coder is not head else {}, "type", "DeltaXYWHBBoxCoder"),
+            (coder, "target_means", [0, 0, 0, 0]),
+            (anchors if anchors is not head else {}, "type", "AnchorGenerator"),
+            (anchors, "octave_base_scale", 4),
+            (anchors, "scales_per_octave", NUM_SIZES),
+            (anchors, "scales", None),  # instead of these two
+            (anchors, "base_sizes", None),
+            (anchors, "ratios", RATIOS),
+            (anchors, "strides", [8, 16, 32, 64, 128]),
+            (anchors, "center_offset", 0),
+            (head.get("loss_cls") or {}, "use_sigmoid", True),
+            (described["backbone"], "strides", [1, 2, 2, 2]),
+            (described["backbone"], "dilations", [1, 1, 1, 1]),
+            (described["neck"].get("upsample_cfg") or {}, "mode", "nearest"),
         ):
+            value = part.get(key)
             if value is not None and value != known:
                 raise self.error(f"its config has {key}={value!r}, and only {known!r} is supported")
         config = {
@@ -124,9 +154,11 @@ class _MMDetection(Converter):
             "MODEL.RESNETS.STRIDE_IN_1X1": described["backbone"].get("style") == "caffe",
             "MODEL.FREEANCHOR.P7_RELU": bool(described["neck"].get("relu_before_extra_convs")),
         }
-        pixels = described.get("data_preprocessor") or pixels
-        if pixels:
-            is_rgb = pixels.get("bgr_to_rgb", pixels.get("to_rgb", True))
+        preprocessor = described.get("data_preprocessor")  # of MMDetection 3
+        if preprocessor or pixels:
+            default = not preprocessor
+            pixels = preprocessor or pixels
+            is_rgb = pixels.get("bgr_to_rgb", pixels.get("to_rgb", default))
             config["INPUT.FORMAT"] = "RGB" if is_rgb else "BGR"
             config["MODEL.PIXEL_MEAN"] = [float(x) for x in pixels["mean"]]
             config["MODEL.PIXEL_STD"] = [float(x) for x in pixels["std"]]

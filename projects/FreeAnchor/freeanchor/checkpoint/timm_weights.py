@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import FileError
+from .weights import find_weights
 
 __all__ = ["from_timm"]
 
@@ -54,12 +55,13 @@ def from_timm(
         or one whose backbone is not timm's.
 
     Raises:
-        FileError: they are those of another model than `MODEL.TIMM.NAME`.
+        FileError: they are those of another model than `MODEL.TIMM.NAME`, or see
+            :func:`freeanchor.checkpoint.weights.find_weights`.
     """
     if cfg is None or cfg.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
         return None
-    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    if not isinstance(state, dict) or any(k.startswith("backbone.") for k in state):
+    state = find_weights(checkpoint, source)
+    if any(k.startswith("backbone.") for k in state):
         return None
     if "_conv_stem.weight" in state:
         if cfg.MODEL.TIMM.NAME.partition(".")[0] != _LITE0:
