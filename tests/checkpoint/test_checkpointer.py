@@ -17,6 +17,7 @@ from freeanchor.checkpoint import (
     read_class_names,
     write_checkpoint,
 )
+from freeanchor.config import CONFIGS, read_config
 from freeanchor.errors import FileError
 from torch import nn
 
@@ -339,6 +340,21 @@ def test_default_predictor_on_half_a_model(cfg, model, tmp_path):
     with pytest.raises(FileError, match=r"backbone\.pth are not of this model.*head"):
         predictor(cfg, tmp_path / "backbone.pth")
     DetectionCheckpointer(model.train()).load(str(tmp_path / "backbone.pth"))
+
+
+@pytest.mark.parametrize("name", ["free_anchor", "faster_rcnn_free_anchor"])
+def test_default_predictor_takes_the_average(tmp_path, name):
+    """The weights that were evaluated, of models with one stage and with two."""
+    cfg = read_config(CONFIGS / "quick" / f"{name}_R_18_FPN.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    average = {f"module.{k}": v + 1 for k, v in model.state_dict().items()}
+    Checkpointer(model, cfg, str(tmp_path)).save("run", ema={"n_averaged": 3, **average})
+    found = predictor(cfg, tmp_path / "run.pth").model.state_dict()
+    assert all(torch.equal(v, average[f"module.{k}"]) for k, v in found.items())
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    with pytest.raises(FileError, match=r"run\.pth are not of this model"):
+        predictor(cfg, tmp_path / "run.pth")
 
 
 def test_detectron2s_checkpointer_in_training(cfg, model, tmp_path):

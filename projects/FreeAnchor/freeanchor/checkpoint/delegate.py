@@ -1,8 +1,9 @@
 """Detectron2's own checkpointer on a FreeAnchor, as in `DefaultPredictor` and `DefaultTrainer`.
 
 It only logs what does not fit, so that weights of another project, or of another config, would
-leave a model that detects something else without a word. For a FreeAnchor, it hands over to
-:class:`freeanchor.checkpoint.Checkpointer`; other models and checkpointers are left alone.
+leave a model that detects something else without a word. For a FreeAnchor, also as a first stage,
+it hands over to :class:`freeanchor.checkpoint.Checkpointer`; other models and checkpointers are
+left alone.
 """
 
 from typing import Any
@@ -24,11 +25,13 @@ def hand_over() -> None:
     def load(
         self: DetectionCheckpointer, path: str, checkpointables: list[str] | None = None
     ) -> Any:
-        if type(self) is not DetectionCheckpointer or not isinstance(self.model, BagDetector):
+        first_stage = getattr(self.model, "proposal_generator", None)
+        detector = getattr(first_stage, "detector", self.model)
+        if type(self) is not DetectionCheckpointer or not isinstance(detector, BagDetector):
             return theirs(self, path, checkpointables)
         ours = Checkpointer(
             self.model,
-            self.model.config,
+            detector.config,
             self.save_dir,
             save_to_disk=self.save_to_disk,
             **self.checkpointables,

@@ -170,5 +170,6 @@ def _build_detector(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> FreeAnch
         bbox_threshold=keys.BBOX_THRESHOLD,
         bbox_reg_weight=keys.BBOX_REG_WEIGHT,
         normalizer=keys.NORMALIZER,
+        config=cfg.clone(),
     )
     return detector
