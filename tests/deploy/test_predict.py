@@ -42,6 +42,26 @@ def write_video(path, frames):
     video.release()
 
 
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("csv", "detections.csv"),
+        ("coco", "detections.json.tmp"),
+        ("yolo", "classes.txt"),
+        ("yolo", "labels/a.txt"),
+        ("pictures", "pictures/a.png"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(run_folder, folder, tmp_path, kind, file):
+    """Whatever is written when it is full."""
+    full = tmp_path / "out" / file
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    command = f"predict {run_folder} {folder}/a.png --out {tmp_path}/out --formats {kind}"
+    with pytest.raises(SystemExit, match=r"^freeanchor predict: .*No space left on device"):
+        main(f"{command} --device cpu --confidence 0".split())
+
+
 def test_all_formats(run_folder, predictor, folder, images, tmp_path):
     """Images and the frames of a video are detected alike, and every format says the same."""
     out = tmp_path / "out"

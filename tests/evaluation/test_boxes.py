@@ -145,6 +145,18 @@ def test_parts_by_hand(register):
     assert crowd["AP>0.3"] == pytest.approx(100 * 51 / 101)
 
 
+def test_a_full_disk_costs_no_figures(register, tmp_path, caplog):
+    """A training goes on when its evaluation cannot be written."""
+    objects, detections = random_case(0)
+    name = register("random", objects, num_images=12)
+    expected = evaluate(BoxEvaluator(name), detections, 12)
+    for file in ("coco_instances_results.json", "precision_recall.png"):
+        (tmp_path / file).symlink_to("/dev/full")
+    found = evaluate(BoxEvaluator(name, output_dir=str(tmp_path)), detections, 12)
+    assert str(found) == str(expected)
+    assert caplog.text.count("No space left on device. The evaluation goes on") == 2
+
+
 def with_ids(content, image_id, category_id, annotation_id):
     """The same data set with other ids, and without what COCO files may lack."""
     content = json.loads(json.dumps(content))

@@ -1,6 +1,7 @@
 """What the commands and `train_net.py` share. It imports nothing heavy, for a quick --help."""
 
 import argparse
+import errno
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from .errors import FreeAnchorError
 
 __all__ = ["Command", "add_dataset_argument", "add_options_argument", "number", "one_sentence"]
+
+# Of the disk: it is full, or what is on it is somebody else's.
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 # What it is for, what adds its arguments, and what runs it.
 Command = tuple[
@@ -68,3 +72,7 @@ def one_sentence(program: str) -> Iterator[None]:
         raise SystemExit(128 + signal.SIGINT) from e
     except FreeAnchorError as e:
         raise SystemExit(f"{program}: {e}") from e
+    except OSError as e:
+        if e.errno not in _OF_DISK:
+            raise
+        raise SystemExit(f"{program}: a file cannot be read or written: {e}") from e

@@ -21,6 +21,7 @@ from .files import (
     config_beside,
     find,
     read_checkpoint,
+    replacing,
     write_checkpoint,
 )
 from .formats import CONVERTERS
@@ -134,7 +135,8 @@ def convert_file(source: str, out: Path) -> None:
         )
         return
     cfg.MODEL.WEIGHTS = str(out)
-    out.with_suffix(".yaml").write_text(cfg.dump())
+    with replacing(out.with_suffix(".yaml")) as f:
+        f.write(cfg.dump().encode())
     logger.info(
         f"Wrote {len(weights)} tensors to {out}, their config to {out.with_suffix('.yaml')}"
     )

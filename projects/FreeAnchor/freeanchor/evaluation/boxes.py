@@ -6,7 +6,7 @@ import json
 import logging
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,8 +138,9 @@ class BoxEvaluator(DatasetEvaluator):
             logger.warning("There were no images to evaluate")
             return {}
         if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
-            self._write()
+            with self._going_on():
+                PathManager.mkdirs(self._output_dir)
+                self._write()
         if not self._truth.has_annotations:
             logger.info("The data set has no annotations: the detections are only written")
             return {}
@@ -168,7 +169,8 @@ class BoxEvaluator(DatasetEvaluator):
             precision = evaluated["precision"][..., 0, -1]
             if (precision > -1).any():
                 figure = draw_precision_recall(precision)
-                figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
+                with self._going_on():
+                    figure.savefig(os.path.join(self._output_dir, "precision_recall.png"), dpi=100)
         return results
 
     def _scores(self, images: Sequence[JudgedImage]) -> dict[str, dict[str, float]]:
@@ -180,6 +182,16 @@ class BoxEvaluator(DatasetEvaluator):
         lines = [f"{name:<{width}}  {x:.3f}" for name, x in results["threshold"].items()]
         logger.info("Thresholds with the highest F1:\n" + "\n".join(lines))
         return results
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Log that something cannot be written: a training need not end for it."""
+        try:
+            yield
+        except OSError as e:
+            if not self._truth.has_annotations:  # the detections are all that there is
+                raise
+            logger.error(f"{self._output_dir} cannot be written to: {e}. The evaluation goes on")
 
     def _write(self) -> None:
         """Write the detections with the user's ids."""
