@@ -1,6 +1,7 @@
 """Weights of other projects give those projects' outputs."""
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -419,7 +420,7 @@ def test_command_on_weights_of_a_run(tmp_path, cfg, name):
 def test_command_on_what_cannot_be_converted(tmp_path, monkeypatch, source, message):
     """One sentence, and no file."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "caffe.pkl").write_bytes(b"\x80\x02}q\x00U\x05blobsq\x01}q\x02s.")
+    (tmp_path / "caffe.pkl").write_bytes(pickle.dumps({"blobs": {"conv1_w": np.zeros(3)}}, 2))
     with pytest.raises(SystemExit, match=rf"freeanchor convert: .*{message}"):
         main(["convert", source, "out.pth"])
     assert not (tmp_path / "out.pth").exists()

@@ -1,5 +1,7 @@
 """Weights are found wherever a file has them, and what cannot be weights is refused by name."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from freeanchor.checkpoint import (
     write_checkpoint,
 )
 from freeanchor.errors import FileError
+from safetensors.torch import save_file
 
 KEY = "backbone.bottom_up.stem.conv1.weight"
 
@@ -58,6 +61,8 @@ def test_values_that_are_no_weights(tmp_path, cfg, model, state, kind):
         ({"model": None}, "NoneType as 'model'"),
         ({"state_dict": [1, 2]}, "list as 'state_dict'"),
         ({"blobs": 3}, "int as 'blobs'"),
+        ({}, "no tensors"),
+        ({"model": {}}, "no tensors"),
         ({"model": {"model": {KEY: torch.zeros(1)}}}, "model is of type dict"),
         ({"teacher": {KEY: torch.zeros(1)}, "student": {}}, "teacher is of type dict, student"),
         ({"model": {1: torch.zeros(1)}}, "1 is no name"),
@@ -114,6 +119,17 @@ def test_optimisers_and_own_averages_are_no_other_weights(tmp_path, cfg, model, 
 
 
 @pytest.mark.parametrize(
+    "names", [("weight",), ("conv1.weight", "conv1_w")], ids=["ambiguous", "twice"]
+)
+def test_names_that_cannot_be_matched(tmp_path, cfg, model, names):
+    """Detectron2 matches those of Caffe2, and gives up by an error of its own."""
+    path = tmp_path / "names.PKL"
+    path.write_bytes(pickle.dumps({name: np.zeros(64, "f4") for name in names}))
+    with pytest.raises(FileError, match=r"names\.PKL are not of this model: their names are not"):
+        Checkpointer(model, cfg).load_start(str(path))
+
+
+@pytest.mark.parametrize(
     "config", [{1: 2}, {"MODEL.FREEANCHOR.CLASS_NAMES": 3}, {"MODEL.FREEANCHOR.CLASS_NAMES": [3]}]
 )
 def test_config_keys_that_are_none(tmp_path, config):
@@ -125,9 +141,11 @@ def test_config_keys_that_are_none(tmp_path, config):
 def test_a_retinanet_of_detectron2(tmp_path, cfg, model, state, caplog):
     """It has the tensors of a FreeAnchor, but boxes of another scale, which nothing tells."""
     torch.save({"model": state, "__author__": "Detectron2 Model Zoo"}, tmp_path / "zoo.pth")
-    Checkpointer(model, cfg).load(str(tmp_path / "zoo.pth"))
-    assert 'set MODEL.RETINANET.BBOX_REG_WEIGHTS "(1.0, 1.0, 1.0, 1.0)"' in caplog.text
-    caplog.clear()
+    save_file(state, str(tmp_path / "zoo.safetensors"))
+    for name in ("zoo.pth", "zoo.safetensors"):
+        Checkpointer(model, cfg).load(str(tmp_path / name))
+        assert 'set MODEL.RETINANET.BBOX_REG_WEIGHTS "(1.0, 1.0, 1.0, 1.0)"' in caplog.text
+        caplog.clear()
     Checkpointer(model, cfg, str(tmp_path)).save("own")
     Checkpointer(model, cfg).load(str(tmp_path / "own.pth"))
     assert "BBOX_REG_WEIGHTS" not in caplog.text

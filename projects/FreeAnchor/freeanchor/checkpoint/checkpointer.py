@@ -299,7 +299,13 @@ class Checkpointer(DetectionCheckpointer):
         if self._has_other_classes:
             for name in [k for k in checkpoint["model"] if _CLASS_PREDICTOR.match(k)]:
                 del checkpoint["model"][name]
-        return super()._load_model(checkpoint)
+        try:
+            return super()._load_model(checkpoint)
+        except (AssertionError, ValueError) as e:  # of Detectron2's matching of names
+            raise FileError(
+                f"The weights {self.path} are not of this model: their names are not to be matched "
+                f"with those of its tensors ({e or 'two are one'})"
+            ) from e
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""

@@ -56,7 +56,7 @@ def to_detectron2(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
         return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if "model" in checkpoint:
         return {**checkpoint, "model": weights}
-    if not source.endswith(".pkl"):
+    if Path(source).suffix.lower() != ".pkl":
         return {"model": weights}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 

@@ -272,8 +272,9 @@ def is_whole(path: str | Path) -> bool:
 
 def _read_safetensors(path: str) -> dict[str, Any]:
     with safe_open(path, "pt") as f:
-        config = json.loads((f.metadata() or {}).get(CONFIG_KEY, "{}"))
-        return {"model": {k: f.get_tensor(k) for k in f.keys()}, CONFIG_KEY: config}  # noqa: SIM118
+        metadata = f.metadata() or {}
+        config = {k: json.loads(metadata[k]) for k in (CONFIG_KEY,) if k in metadata}
+        return {"model": {k: f.get_tensor(k) for k in f.keys()}, **config}  # noqa: SIM118
 
 
 def _read_torch(path: str) -> Any:

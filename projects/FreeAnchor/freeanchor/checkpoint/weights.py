@@ -37,6 +37,8 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
         raise FileError(f"{source} holds one {type(weights).__name__} as {entry!r}, and no weights")
     # What Caffe2's optimiser keeps beside them.
     weights = {k: v for k, v in weights.items() if not str(k).endswith("_momentum")}
+    if not weights:
+        raise FileError(f"{source} holds no tensors")
     faults = [f"{k} is {fault}" for k, v in weights.items() if (fault := _fault(k, v))]
     if faults:
         raise FileError(

@@ -1,7 +1,7 @@
 """Backbones of timm with a feature pyramid: ConvNeXt, Swin, EfficientNet and some hundred others.
 
 timm is an optional dependency. Its models keep their names of tensors, so that its weights load by
-adding a prefix, see :mod:`freeanchor.checkpoint.formats`.
+adding a prefix, see :mod:`freeanchor.checkpoint.timm_weights`.
 """
 
 import math
