@@ -9,8 +9,8 @@ from conftest import random_image
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from freeanchor.evaluation import (
     confusion,
+    count_errors,
     found_rows,
-    image_f1,
     outcomes,
     precision_recall,
     truth_rows,
@@ -113,7 +113,6 @@ def test_rows_of_records():
     [
         ([], 0.0),
         ([(0, 0.9, 0)], 1.0),
-        ([(0, 0.4, 0)], 0.0),  # too low a score
         ([(0, 0.9, 1)], 0.0),  # another class
         ([(15, 0.9, 0)], 0.0),  # too far
         ([(0, 0.9, 0), (1, 0.8, 0)], 2 / 3),  # a duplicate
@@ -133,5 +132,6 @@ def test_f1_of_an_image(dataset, detections, expected):
         }
         for shift, score, other in detections
     ]
-    assert image_f1(record, found, metadata) == pytest.approx(expected)
-    assert image_f1({**record, "annotations": []}, [], metadata) == 1
+    rows, objects = found_rows(found, metadata), truth_rows(record)
+    assert count_errors(outcomes(rows, objects))["f1"] == pytest.approx(expected)
+    assert count_errors(outcomes(rows[:0], objects[:0]))["f1"] == 1

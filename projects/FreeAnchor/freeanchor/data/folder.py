@@ -59,22 +59,6 @@ class ImageFolder:
                 return os.path.join(self.root, found), True
         return os.path.join(self.root, self._inside(name)), False
 
-    def hint(self, path: str) -> str:
-        """What may help where :meth:`find` gave a path that does not exist."""
-        relative = os.path.relpath(path, self.root)
-        folder, name = os.path.split(relative)
-        there = self._list(folder)[1].get(_fold(name), [])
-        if len(there) > 1:
-            return f"there are {' and '.join(map(show, there[:3]))}"
-        stem = os.path.splitext(name)[0]
-        others = [x for x in self._list(folder)[0] if os.path.splitext(x)[0] == stem]
-        if others:
-            return f"there is {show(sorted(others)[0])}"
-        at_root = self._list("")[0]
-        if folder and os.path.basename(relative.replace("\\", "/")) in at_root:
-            return f"there is {show(os.path.basename(relative))} in {self.root}"
-        return "" if at_root else f"{self.root} is empty"
-
     def _variants(self, name: str) -> Iterator[str]:
         """The name, and others that it may mean, without one twice."""
         seen = set()

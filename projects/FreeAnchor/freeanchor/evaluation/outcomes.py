@@ -19,7 +19,6 @@ __all__ = [
     "confusion",
     "count_errors",
     "found_rows",
-    "image_f1",
     "judge",
     "outcomes",
     "precision_recall",
@@ -28,7 +27,6 @@ __all__ = [
 
 FALSE_POSITIVES = ("wrong class", "duplicate", "poor box", "background")
 _TOUCHING = 0.1  # IoU from which a detection is a poor box of an object, not background
-_F1_SCORE = 0.5
 _RECALLS = np.linspace(0, 1, 101)  # COCO's
 
 
@@ -151,23 +149,6 @@ def count_errors(result: Outcomes) -> dict[str, float]:
     hits, misses = result.truth.count("hit"), result.truth.count("miss")
     total = 2 * hits + misses + sum(count.values())
     return {**count, "hit": hits, "miss": misses, "f1": 2 * hits / total if total else 1.0}
-
-
-def image_f1(record: dict[str, Any], detections: list[dict[str, Any]], metadata: Any) -> float:
-    """F1 of the detections of an image: score at least 0.5, IoU at least 0.5, of the right class.
-
-    Args:
-        record: the image in Detectron2's standard format, with its annotations.
-        detections: its detections in COCO's result format.
-        metadata: of the data set, see :func:`found_rows`.
-
-    Returns:
-        2 TP / (2 TP + FP + FN) in [0, 1]; 1 where there is neither object nor detection.
-    """
-    found = found_rows([d for d in detections if d["score"] >= _F1_SCORE], metadata)
-    truth = truth_rows(record)
-    assert truth is not None
-    return count_errors(outcomes(found, truth))["f1"]
 
 
 # Detections, objects, and what they are.

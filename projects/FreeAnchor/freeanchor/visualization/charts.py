@@ -146,7 +146,7 @@ def confusion_table(counts: NDArray[Any], names: Sequence[str], caption: str) ->
     """Objects by class (rows) and by what they were detected as (columns).
 
     Args:
-        counts: (C + 1, C + 1), see :func:`freeanchor.visualization.confusion`.
+        counts: (C + 1, C + 1), see :func:`freeanchor.evaluation.confusion`.
         names: of the C classes. Of many, those with the most errors are shown.
         caption: plain text.
     """
