@@ -37,6 +37,8 @@ def test_name_that_is_taken(coco):
     _, path, images = coco()
     with pytest.raises(DatasetError, match="coco_2017_train: this name is taken"):
         data.register_datasets([("coco_2017_train", path, images)])
+    with pytest.raises(DatasetError, match="the name is empty"):
+        data.register_datasets([("", path, images)])
 
 
 def test_registering_twice(coco):

@@ -343,6 +343,10 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
             ["INPUT.MIN_SIZE_TRAIN", "(80,64)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
             r"INPUT\.MIN_SIZE_TRAIN must be the smaller size first, got \(80, 64\)",
         ),
+        (
+            ["--resume"],
+            "^train_net.py: --resume comes behind keys of the config: put it before them$",
+        ),
         (["SEED", "99999999999"], r"SEED must be below 2 \*\* 32, got 99999999999"),
         (["SOLVER.EMA_DECAY", "1.0"], r"EMA_DECAY must be at least 0 and below 1, got 1\.0"),
         (["SOLVER.WARMUP_ITERS", "-1"], r"SOLVER\.WARMUP_ITERS must be at least 0, got -1"),

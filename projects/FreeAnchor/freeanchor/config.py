@@ -258,6 +258,10 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     """
     for i in range(0, len(options), 2):
         option = list(options[i : i + 2])
+        if str(option[0]).startswith("--"):
+            raise FreeAnchorError(
+                f"{option[0]} comes behind keys of the config: put it before them"
+            )
         try:
             cfg.merge_from_list(option)
         except (AssertionError, KeyError, TypeError, ValueError) as e:

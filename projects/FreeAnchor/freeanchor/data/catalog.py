@@ -172,6 +172,8 @@ def register_datasets(datasets: Sequence[Sequence[str]], masks: bool = False) ->
             see :func:`freeanchor.data.read_coco`.
     """
     for name, json_file, image_root in datasets:
+        if not name.strip():
+            raise DatasetError(f"--dataset {name!r} {json_file}: the name is empty, give it one")
         if name in DatasetCatalog.list():
             known = MetadataCatalog.get(name)
             if (known.get("json_file"), known.get("image_root")) == (json_file, image_root):
