@@ -64,6 +64,21 @@ def test_files_of_timm(tmp_path, name, suffix):
         assert torch.equal(tensor, source.state_dict()[key]), key
 
 
+def test_weights_of_a_deeper_model(tmp_path):
+    """All that the model has is in the file, and yet they are another's; a part is no reason."""
+    cfg = timm_cfg("resnet18", "MODEL.TIMM.OUT_INDICES", [2, 3, 4])
+    model = build_model(cfg)
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(
+        FileError, match=r"resnet34\.pth has not the weights .* resnet18.*layer1\.2"
+    ):
+        Checkpointer(model, cfg).load_start(str(tmp_path / "resnet34.pth"))
+    source = timm.create_model("resnet18", num_classes=7).state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in source.items()}}, tmp_path / "own.pth")
+    Checkpointer(model, cfg).load_start(str(tmp_path / "own.pth"))
+    assert torch.equal(model.backbone.bottom_up.model.model.conv1.weight, source["conv1.weight"])
+
+
 def test_detectors_load_as_they_are(tmp_path):
     """A checkpoint of the whole model is no backbone."""
     cfg = timm_cfg("resnet18")

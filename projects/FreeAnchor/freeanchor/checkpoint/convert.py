@@ -94,7 +94,6 @@ def convert(checkpoint: dict[str, Any], source: str) -> Converted | None:
 
 
 def _convert(weights: dict[str, Any], checkpoint: dict[str, Any], source: str) -> Converted | None:
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
     meta = checkpoint.get("meta")
     for marker, converter in CONVERTERS.items():
         if marker in weights:

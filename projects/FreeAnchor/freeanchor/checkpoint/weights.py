@@ -26,7 +26,7 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
         source: the name of the file.
 
     Returns:
-        Tensors and arrays by their names in the file.
+        Tensors and arrays by their names in the file, without the prefix of data parallel training.
 
     Raises:
         FileError: they are none, or hold values with which a model would compute nonsense.
@@ -53,7 +53,7 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     ]
     if entry is not None and CONFIG_KEY not in checkpoint and others:
         logger.warning(f"{source}: took the weights in {entry!r}, not those in {shorten(others)}")
-    return weights
+    return {k.removeprefix("module."): v for k, v in weights.items()}
 
 
 def _fault(name: Any, value: Any) -> str:
