@@ -83,6 +83,15 @@ def test_arrays_of_a_type_that_tensors_lack():
         to_detectron2({"a": np.zeros(3, np.longdouble)}, "a.pkl")
 
 
+def test_versions_of_modules_reach_them(tmp_path, model):
+    """PyTorch keeps them beside the tensors, and modules read old files by them."""
+    state = model.state_dict()
+    for content in ({"model": state}, {"state_dict": state}, state):
+        torch.save(content, tmp_path / "old.pth")
+        found = to_detectron2(read_checkpoint(str(tmp_path / "old.pth")), "old.pth")["model"]
+        assert found._metadata == state._metadata
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_weights(tmp_path, cfg, model, state, dtype):
     saved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}

@@ -26,7 +26,7 @@ from .files import (
 )
 from .formats import CONVERTERS
 from .thresholds import copy_thresholds
-from .weights import find_weights
+from .weights import MOMENTUM, find_weights
 
 __all__ = ["convert", "convert_file", "take_average", "to_detectron2"]
 
@@ -55,9 +55,10 @@ def to_detectron2(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
         weights = {k: v for k, v in weights.items() if not is_counter(k)}
         return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     if "model" in checkpoint:
-        return {**checkpoint, "model": weights}
+        return checkpoint
     if Path(source).suffix.lower() != ".pkl":
         return {"model": weights}
+    weights = {k: v for k, v in weights.items() if not k.endswith(MOMENTUM)}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
@@ -94,6 +95,7 @@ def convert(checkpoint: dict[str, Any], source: str) -> Converted | None:
 
 
 def _convert(weights: dict[str, Any], checkpoint: dict[str, Any], source: str) -> Converted | None:
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
     meta = checkpoint.get("meta")
     for marker, converter in CONVERTERS.items():
         if marker in weights:

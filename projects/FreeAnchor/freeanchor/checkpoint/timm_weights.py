@@ -61,7 +61,7 @@ def from_timm(
     """
     if cfg is None or cfg.MODEL.BACKBONE.NAME != "build_timm_fpn_backbone":
         return None
-    state = find_weights(checkpoint, source)
+    state = {k.removeprefix("module."): v for k, v in find_weights(checkpoint, source).items()}
     if any(k.startswith("backbone.") for k in state):
         return None
     if "_conv_stem.weight" in state:

@@ -10,12 +10,13 @@ from torch import Tensor
 from ..errors import FileError, shorten
 from .files import CONFIG_KEY
 
-__all__ = ["find_weights"]
+__all__ = ["MOMENTUM", "find_weights"]
 
 logger = logging.getLogger(__name__)
 
 # The entries that projects keep them in: PyTorch's habit, Detectron2, pycls and Caffe2.
 _ENTRIES = ("state_dict", "model", "model_state", "blobs")
+MOMENTUM = "_momentum"  # ends the names of what Caffe2's optimiser keeps beside the weights
 
 
 def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
         source: the name of the file.
 
     Returns:
-        Tensors and arrays by their names in the file, without the prefix of data parallel training.
+        Tensors and arrays by their names in the file: the dictionary itself, which may say of which
+        versions of their modules they are.
 
     Raises:
         FileError: they are none, or hold values with which a model would compute nonsense.
@@ -35,8 +37,6 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     weights = checkpoint if entry is None else checkpoint[entry]
     if not isinstance(weights, dict):
         raise FileError(f"{source} holds one {type(weights).__name__} as {entry!r}, and no weights")
-    # What Caffe2's optimiser keeps beside them.
-    weights = {k: v for k, v in weights.items() if not str(k).endswith("_momentum")}
     if not weights:
         raise FileError(f"{source} holds no tensors")
     faults = [f"{k} is {fault}" for k, v in weights.items() if (fault := _fault(k, v))]
@@ -49,17 +49,19 @@ def find_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     others = [
         str(k)
         for k, v in checkpoint.items()
-        if k != entry and 2 * _count_tensors(v) >= len(weights) > 0
+        if k != entry and 2 * _count_tensors(v) >= len(weights)
     ]
     if entry is not None and CONFIG_KEY not in checkpoint and others:
         logger.warning(f"{source}: took the weights in {entry!r}, not those in {shorten(others)}")
-    return {k.removeprefix("module."): v for k, v in weights.items()}
+    return weights
 
 
 def _fault(name: Any, value: Any) -> str:
     """What is wrong with a tensor, empty if nothing is."""
     if not isinstance(name, str):
         return "no name"
+    if name.endswith(MOMENTUM):
+        return ""
     if not isinstance(value, Tensor | np.ndarray):
         return f"of type {type(value).__name__}"
     try:
