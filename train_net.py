@@ -20,7 +20,7 @@ from typing import Any
 import freeanchor  # noqa: F401  # isort: skip
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from freeanchor.checkpoint import Checkpointer, class_config, write_checkpoint
+from freeanchor.checkpoint import Checkpointer, described_config, write_checkpoint
 from freeanchor.engine import Trainer, argument_parser, keep_config, launch, setup, verify
 from torch import nn
 
@@ -53,7 +53,7 @@ def export(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
     """Write what --export-safetensors asks for."""
     if args.export_safetensors and comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "model_final.safetensors")
-        write_checkpoint(path, model.state_dict(), class_config(cfg))
+        write_checkpoint(path, model.state_dict(), described_config(cfg))
         logger.info(f"Exported the weights to {path}")
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from freeanchor.checkpoint import (
     Checkpointer,
     convert,
+    described_config,
     read_checkpoint,
     read_class_names,
     write_checkpoint,
@@ -401,6 +402,44 @@ def test_classes_travel_with_the_weights(tmp_path, cfg, model, caplog):
         expected = r"add MODEL\.FREEANCHOR\.CLASS_NAMES \"\['a', 'b', 'c'\]\""
         with pytest.raises(FileError, match=expected):
             Checkpointer(model, with_classes(cfg, *names)).load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("INPUT.FORMAT", "RGB"),
+        ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]),
+        ("MODEL.PIXEL_STD", [57.0, 57.0, 58.0]),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", False),
+        ("MODEL.FREEANCHOR.P7_RELU", False),
+        ("MODEL.FREEANCHOR.INCLUSIVE_CORNERS", True),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.1, 0.2, 0.3]]),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5),
+        ("MODEL.RETINANET.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)),
+        ("MODEL.FPN.FUSE_TYPE", "avg"),
+    ],
+)
+def test_what_no_shape_tells_travels_with_the_weights(tmp_path, cfg, model, caplog, key, value):
+    """A config that fits the tensors, but would find something else, is refused with the option.
+
+    Training may start from the weights with other anchors, and says so.
+    """
+    own = cfg.clone()
+    own.merge_from_list([key, value])
+    Checkpointer(model, own, str(tmp_path)).save("own")
+    path = str(tmp_path / "own.pth")
+    write_checkpoint(tmp_path / "own.safetensors", model.state_dict(), described_config(own))
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(FileError, match=rf"add {re.escape(key)} \"[^\"]*\", or use their own"):
+            Checkpointer(model, cfg).load(str(tmp_path / f"own{suffix}"))
+        Checkpointer(model, own).load(str(tmp_path / f"own{suffix}"))
+    if "ANCHOR_GENERATOR" in key or "BBOX" in key:
+        Checkpointer(model, cfg).load_start(path)
+        assert f"trained with other boxes: {key} " in caplog.text
+    else:
+        with pytest.raises(FileError, match=rf"add {re.escape(key)} "):
+            Checkpointer(model, cfg).load_start(path)
 
 
 def test_checkpoint_that_does_not_say_its_classes(tmp_path, cfg, model, caplog):

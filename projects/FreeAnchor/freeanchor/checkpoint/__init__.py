@@ -1,10 +1,11 @@
 """Checkpoints from anywhere: read without running them, converted, and loaded if they fit."""
 
 from . import catalog, packages  # noqa: F401  # MODEL.WEIGHTS understands their addresses
-from .checkpointer import Checkpointer, class_config
+from .checkpointer import Checkpointer
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
+from .described import described_config
 from .files import (
     config_beside,
     find,
@@ -27,12 +28,12 @@ __all__ = [
     "Converted",
     "Thresholds",
     "checksum",
-    "class_config",
     "config_beside",
     "convert",
     "convert_file",
     "copy_thresholds",
     "describe_scores",
+    "described_config",
     "find",
     "hand_over",
     "read_checkpoint",

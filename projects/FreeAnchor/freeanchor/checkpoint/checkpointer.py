@@ -1,6 +1,5 @@
 """Saving and loading models: never half a file, and no model that is not what it seems."""
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import take_average, to_detectron2
+from .described import BOX_KEYS, described_config, is_described_here, is_same
 from .files import (
     CLASS_NAMES,
     CONFIG_KEY,
@@ -27,7 +27,7 @@ from .files import (
 )
 from .timm_weights import from_timm
 
-__all__ = ["Checkpointer", "class_config"]
+__all__ = ["Checkpointer"]
 
 # What differs with the classes, and with the anchors: of one-stage models, and of two stages.
 _CLASS_PREDICTOR = re.compile(
@@ -78,7 +78,9 @@ class Checkpointer(DetectionCheckpointer):
         self._is_result = True
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint, as a whole or not at all, on the main process. It names the classes.
+        """Write a checkpoint, as a whole or not at all, on the main process.
+
+        It says what its weights need of a config, see :func:`described_config`.
 
         Args:
             name: of the file, without `.pth`. `--resume` takes the one that was written last,
@@ -90,7 +92,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        content = {"model": self.model.state_dict(), CONFIG_KEY: class_config(self.cfg)}
+        content = {"model": self.model.state_dict(), CONFIG_KEY: described_config(self.cfg)}
         content.update({key: x.state_dict() for key, x in self.checkpointables.items()}, **kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -232,7 +234,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _check_classes(self, names: list[str]) -> None:
         """Compare the classes of a checkpoint with those of the config, by name."""
-        wanted = class_config(self.cfg).get(CLASS_NAMES, [])
+        wanted = described_config(self.cfg).get(CLASS_NAMES, [])
         self._has_other_classes = bool(names and wanted) and names != wanted
         if self._is_start:
             if self._has_other_classes:
@@ -271,15 +273,21 @@ class Checkpointer(DetectionCheckpointer):
                         "does not have: they are damaged, or of a newer version"
                     )
                 node = node[part]
-            if not _is_same(node, value) and not (
+            if not is_same(node, value) and not (
                 self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"
             ):
                 wrong[key] = value
-        if wrong:
-            options = " ".join(f'{key} "{value!r}"' for key, value in wrong.items())
+        options = " ".join(f'{key} "{value!r}"' for key, value in wrong.items())
+        if self._is_start and is_described_here(config) and wrong.keys() <= {*BOX_KEYS}:
+            if wrong:
+                self.logger.warning(
+                    f"The weights {self.path} were trained with other boxes: {options}"
+                )
+        elif wrong:
             raise FileError(
                 f"The weights {self.path} need another model than the config makes: add {options}, "
-                "or use the config that `freeanchor convert` writes for them"
+                "or use their own config, which is the config.yaml of their run or what "
+                "`freeanchor convert` writes for them"
             )
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -366,15 +374,6 @@ def _start_of(names: list[str], missing: set[str]) -> list[str]:
     return found
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two values of a config are equal: numbers but for their rounding as text."""
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    if isinstance(a, float) and isinstance(b, float | int):
-        return math.isclose(a, b, rel_tol=1e-6)
-    return bool(a == b)
-
-
 def _is_first_convolution(old: Sequence[int], new: Sequence[int], channels: int) -> bool:
     """Whether the shapes of a weight differ by the channels of the images alone."""
     return (
@@ -382,9 +381,3 @@ def _is_first_convolution(old: Sequence[int], new: Sequence[int], channels: int)
         and new[1] == channels != old[1]
         and (*old[:1], *old[2:]) == (*new[:1], *new[2:])
     )
-
-
-def class_config(cfg: CfgNode | None) -> dict[str, Any]:
-    """What a checkpoint says of its config besides the weights: the names of the classes."""
-    names = [] if cfg is None else list(cfg.MODEL.FREEANCHOR.CLASS_NAMES)
-    return {CLASS_NAMES: names} if names else {}

@@ -14,8 +14,8 @@ import torch
 from ..config import read_config
 from ..errors import FileError
 from .converter import Converted, is_counter
+from .described import is_described_here
 from .files import (
-    CLASS_NAMES,
     CONFIG_KEY,
     check_checkpoint_path,
     config_beside,
@@ -121,8 +121,8 @@ def convert_file(source: str, out: Path) -> None:
         raise FileError(f"{path} has no names of Detectron2 yet: load it by MODEL.WEIGHTS")
     weights = {k: torch.as_tensor(v) for k, v in loadable["model"].items()}
     config = loadable.get(CONFIG_KEY, {})
-    if config.keys() <= {CLASS_NAMES}:
-        # Trained here, or by Detectron2: the weights do not say what they need of the model.
+    if is_described_here(config):
+        # Trained here, or by Detectron2: the weights do not say all that they need of the model.
         own = config_beside(Path(path))
         cfg = read_config(own) if own else None
     else:

@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import (
     Checkpointer,
-    class_config,
     copy_thresholds,
+    described_config,
     find,
     read_thresholds,
     write_checkpoint,
@@ -85,7 +85,7 @@ def write_package(source: str | Path, repository: str, folder: Path) -> None:
     model = build_model(cfg)
     Checkpointer(model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     state = model.state_dict()
-    write_checkpoint(folder / "model.safetensors", state, class_config(cfg))
+    write_checkpoint(folder / "model.safetensors", state, described_config(cfg))
     copy_thresholds(Path(find(cfg.MODEL.WEIGHTS)).parent, folder, state)
     run = Path(source)
     metrics = run / "metrics.json"
