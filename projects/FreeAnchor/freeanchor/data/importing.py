@@ -26,12 +26,7 @@ __all__ = ["import_voc", "import_yolo"]
 
 
 # What tools write for VOC's 0 and 1.
-_FLAGS = {"": False, "0": False, "1": True} | {
-    "no": False,
-    "false": False,
-    "yes": True,
-    "true": True,
-}
+_FLAGS = dict.fromkeys(("", "0", "no", "false"), False) | dict.fromkeys(("1", "yes", "true"), True)
 # Before, supervision took the last pixel of VOC's boxes for none of theirs.
 _SUPERVISION = (0, 31)
 
@@ -106,14 +101,12 @@ def import_voc(
         _check_voc_size(tree, size, path, image)
         try:
             found, _ = pascal_voc.detections_from_xml_obj(tree, names, size)
-            difficult = [
-                _FLAGS[x.findtext("difficult", "0").strip().lower()]
-                for x in tree.iterfind("object")
-            ]
-        except KeyError as e:
-            raise DatasetError(f"{path}: `difficult` is {e}, and should be 0 or 1") from e
-        except (ValueError, AttributeError) as e:
+        except (ValueError, KeyError, AttributeError) as e:
             raise DatasetError(f"{path}: {e}") from e
+        flags = [x.findtext("difficult", "0").strip().lower() for x in tree.iterfind("object")]
+        if unknown := [x for x in flags if x not in _FLAGS]:
+            raise DatasetError(f"{path}: `difficult` is {unknown[0]!r}, and should be 0 or 1")
+        difficult = [_FLAGS[x] for x in flags]
         writer.add(os.path.relpath(image, images), size, found.xyxy, found.class_id, difficult)
     writer.write(out)
     return images
