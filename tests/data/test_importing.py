@@ -158,6 +158,7 @@ def test_voc_in_folders(voc, tmp_path):
         for kind, file in (("Annotations", "a.xml"), ("JPEGImages", "a.jpg")):
             (voc / kind / place).mkdir()
             (voc / kind / place / file).write_bytes((voc / kind / file).read_bytes())
+    (voc / "Annotations" / "s" / "back").symlink_to(voc / "Annotations")
     for place in ("s", "t"):
         xml = voc_xml("a.jpg", [(f"of {place}", (1, 1, 9, 9), 0)])
         (voc / "Annotations" / place / "a.xml").write_text(xml)

@@ -253,10 +253,9 @@ class Checkpointer(DetectionCheckpointer):
     def _check_config(self, config: dict[str, Any]) -> None:
         if self.cfg is None:
             if config:
-                needs = " ".join(f'{key} "{value!r}"' for key, value in config.items())
                 self.logger.warning(
                     f"The model was built without a config. See that it has what {self.path} "
-                    f"needs: {needs}"
+                    f"needs: {_options(config)}"
                 )
             return
         wrong = {}
@@ -277,15 +276,16 @@ class Checkpointer(DetectionCheckpointer):
                 self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"
             ):
                 wrong[key] = value
-        options = " ".join(f'{key} "{value!r}"' for key, value in wrong.items())
-        if self._is_start and is_described_here(config) and wrong.keys() <= {*BOX_KEYS}:
-            if wrong:
+        if self._is_start and is_described_here(config):
+            boxes = {key: wrong.pop(key) for key in BOX_KEYS if key in wrong}
+            if boxes:
                 self.logger.warning(
-                    f"The weights {self.path} were trained with other boxes: {options}"
+                    f"The weights {self.path} were trained with other boxes: {_options(boxes)}"
                 )
-        elif wrong:
+        if wrong:
             raise FileError(
-                f"The weights {self.path} need another model than the config makes: add {options}, "
+                f"The weights {self.path} need another model than the config makes: add "
+                f"{_options(wrong)}, "
                 "or use their own config, which is the config.yaml of their run or what "
                 "`freeanchor convert` writes for them"
             )
@@ -372,6 +372,11 @@ def _start_of(names: list[str], missing: set[str]) -> list[str]:
         parts = {k.split(".")[1] for k in found if k not in missing}
         found = [k for k in found if not parts or k.split(".")[1] in parts]
     return found
+
+
+def _options(config: dict[str, Any]) -> str:
+    """Keys and values as the command line takes them."""
+    return " ".join(f'{key} "{value!r}"' for key, value in config.items())
 
 
 def _is_first_convolution(old: Sequence[int], new: Sequence[int], channels: int) -> bool:

@@ -6,6 +6,7 @@ no split files, and take an image without annotations for one without objects.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from .readings import write_coco
 
 __all__ = ["import_voc", "import_yolo"]
 
-
 # What tools write for VOC's 0 and 1.
 _FLAGS = dict.fromkeys(("", "0", "no", "false"), False) | dict.fromkeys(("1", "yes", "true"), True)
 # Before, supervision took the last pixel of VOC's boxes for none of theirs.
@@ -40,7 +40,8 @@ def _supervision() -> Any:
             "reading VOC and YOLO needs supervision, which is not installed: pip install "
             "'freeanchor[import]', or supervision"
         ) from e
-    if tuple(map(int, supervision.__version__.split(".")[:2])) < _SUPERVISION:
+    version = re.findall(r"\d+", supervision.__version__)[:2]
+    if tuple(map(int, version)) < _SUPERVISION:
         raise DatasetError(
             f"supervision {supervision.__version__} reads other boxes: pip install "
             f"'supervision>={_SUPERVISION[0]}.{_SUPERVISION[1]}'"
@@ -114,8 +115,13 @@ def import_voc(
 
 def _files(folder: Path, suffix: str | tuple[str, ...]) -> Iterator[Path]:
     """The files of a kind in a folder and in those within it, but for copies that tools hide."""
+    seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
         folders[:] = [x for x in folders if not x.startswith((".", "__MACOSX"))]
+        if real in seen:  # by a link, which may lead back
+            folders[:] = names[:] = []
+        seen.add(real)
         for name in names:
             if name.lower().endswith(suffix) and not name.startswith("."):
                 yield Path(place, name)
