@@ -335,12 +335,16 @@ def test_boxes_of_another_convention(coco, tmp_path, readings, convert):
 
 
 def test_boxes_that_are_not_what_is_said(coco, tmp_path):
-    """Nothing is written, and nothing is overwritten."""
+    """Nothing is written, nothing is overwritten, and the file that is there is named."""
     _, path, _ = coco()
-    with pytest.raises(
-        SystemExit, match=r"freeanchor import: read as normalised, .*cannot be used"
-    ):
-        main(["import", "--boxes", "normalised", path, str(tmp_path / "out.json")])
-    assert not (tmp_path / "out.json").exists()
+    refused = rf"freeanchor import: read as normalised, {path}: .*cannot be used"
+    for before in ([], ["of an import before"]):
+        for text in before:
+            (tmp_path / "out.json").write_text(text)
+        there = sorted(tmp_path.iterdir())
+        with pytest.raises(SystemExit, match=refused):
+            main(["import", "--boxes", "normalised", path, str(tmp_path / "out.json")])
+        assert sorted(tmp_path.iterdir()) == there
+    assert (tmp_path / "out.json").read_text() == "of an import before"
     with pytest.raises(SystemExit, match="is the file that is to be read"):
         main(["import", "--boxes", "xyxy", path, path])

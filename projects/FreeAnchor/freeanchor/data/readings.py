@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..checkpoint import replacing
 from ..errors import DatasetError, shorten
 from .coco import read_coco
 from .containers import read_json
@@ -31,7 +31,8 @@ def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
             `normalised` (fractions of the image).
 
     Raises:
-        DatasetError: the file cannot be read, or the boxes are not what they are said to be.
+        DatasetError: the file cannot be read, or the boxes are not what they are said to be; `out`
+            is as it was.
     """
     if {"xyxy", "cxcywh"} <= set(readings):
         raise DatasetError("--boxes: they are either xyxy or cxcywh")
@@ -46,7 +47,7 @@ def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
     positions = refer([x.get("image_id") for x in annotations], [x.get("id") for x in images])
     sizes = np.stack([read_numbers([x.get(k) for x in images]) for k in ("width", "height")], 1)
     boxes, broken = read_boxes([x.get("bbox") for x in annotations])
-    for i in _changed(positions, broken):
+    for i in np.flatnonzero((positions >= 0) & ~broken).tolist():
         size = sizes[positions[i]]
         if "normalised" in readings and not (size > 0).all():
             raise DatasetError(
@@ -64,28 +65,21 @@ def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
         annotation["bbox"] = [round(float(v), 4) for v in (*first, *second)]
         # It may have been computed from numbers that mean something else.
         annotation["area"] = round(float(second[0] * second[1]), 4)
-    write_coco(out, content)
-    try:
-        read_coco(str(out), str(out.parent))
-    except DatasetError as e:
-        out.unlink()
-        raise DatasetError(f"read as {shorten(readings, ' and ')}, {e}") from e
-
-
-def _changed(positions: NDArray[Any], broken: NDArray[Any]) -> Iterator[int]:
-    yield from np.flatnonzero((positions >= 0) & ~broken).tolist()
+    with replacing(out) as f:
+        f.write(json.dumps(content).encode())
+        f.flush()
+        try:
+            read_coco(str(f.name), str(out.parent))
+        except DatasetError as e:
+            reason = str(e).replace(str(f.name), str(source))
+            raise DatasetError(f"read as {shorten(readings, ' and ')}, {reason}") from e
 
 
 def write_coco(out: Path, content: dict[str, Any]) -> None:
     """Write a COCO file, as a whole or not at all.
 
     Raises:
-        DatasetError: it cannot be written.
+        FileError: it cannot be written.
     """
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(out)
-    except OSError as e:
-        raise DatasetError(f"{out} cannot be written: {e}") from e
+    with replacing(out) as f:
+        f.write(json.dumps(content).encode())
