@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,17 @@ from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import take_average, to_detectron2
+from .converter import is_counter
 from .described import BOX_KEYS, described_config, is_described_here, is_same
 from .files import (
     CLASS_NAMES,
     CONFIG_KEY,
     find,
-    is_whole,
     read_checkpoint,
-    remove_unfinished,
     replacing,
     wants_heuristics,
 )
+from .run_folder import BEST, checkpoints_in, newest_whole, tag_last
 from .timm_weights import from_timm
 
 __all__ = ["Checkpointer"]
@@ -39,17 +38,13 @@ _PREDICTOR = re.compile(
     r"|^proposal_generator\.(?:detector\.head\.(?:cls_score|bbox_pred)"
     r"|rpn_head\.(?:objectness_logits|anchor_deltas))\."
 )
-# Of batch norm: the batches seen, which a frozen one does not count, and what Caffe2's weights have
-# in the weight and bias instead.
-_COUNTER = ".num_batches_tracked"
+# Of batch norm: what Caffe2's weights have in the weight and bias instead.
 _STATISTICS = (".running_mean", ".running_var")
 _PIXELS = ("pixel_mean", "pixel_std")
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
 _MOST_MISSING = 0.2
-# The best one by a metric, which is none to resume from.
-_BEST = "model_best"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -98,24 +93,14 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         with replacing(path) as f:
             torch.save(content, f)
-        if name != _BEST:
+        if name != BEST:
             self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
-            f.write(last_filename_basename.encode())
-
-    def keep_newest(self, count: int) -> None:
-        """Remove all but the newest checkpoints of an iteration, and what was left half written."""
-        remove_unfinished(self.save_dir)
-        # The highest iteration need not be the newest: a run that went on from an earlier one, or
-        # with more processes, counts from there.
-        numbered = sorted(Path(self.save_dir).glob("model_" + "[0-9]" * 7 + ".pth"), key=_written)
-        for path in numbered[: max(0, len(numbered) - count)]:
-            path.unlink(missing_ok=True)
+        tag_last(self.save_dir, last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        return bool(self._candidates())
+        return bool(checkpoints_in(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
         """The newest checkpoint that is whole, the same on all processes; empty without any.
@@ -123,33 +108,8 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             FileError: there are checkpoints, and all of them are damaged.
         """
-        return str(comm.all_gather(self._newest_whole() if comm.is_main_process() else "")[0])
-
-    def _newest_whole(self) -> str:
-        candidates = self._candidates()
-        damaged: list[str] = []
-        for path in candidates:
-            if is_whole(path):
-                if damaged:
-                    self.logger.warning(
-                        f"{', '.join(damaged)}: gone, empty or damaged. The newest checkpoint that "
-                        f"is whole is {path}"
-                    )
-                return path
-            damaged.append(path)
-        # What is wrong with the newest, as an error of the usual kind.
-        return candidates[0] if candidates else ""
-
-    def _candidates(self) -> list[str]:
-        """What `last_checkpoint` names, if it is there, and then the others from the newest on."""
-        folder = Path(self.save_dir)
-        files = [x for x in folder.glob("model_*.pth") if x.stem != _BEST]
-        files.sort(key=_written, reverse=True)
-        try:
-            last = folder / (folder / "last_checkpoint").read_text().strip()
-        except (OSError, UnicodeDecodeError):
-            last = folder
-        return [str(x) for x in dict.fromkeys([last, *files]) if x != folder]
+        newest = newest_whole(self.save_dir) if comm.is_main_process() else ""
+        return str(comm.all_gather(newest)[0])
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint or, without one, load weights to start training from.
@@ -317,10 +277,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""
-        names = [k for k in self.model.state_dict() if not k.endswith(_COUNTER)]
-        missing = {k for k in incompatible.missing_keys if not k.endswith(_COUNTER)}
+        names = [k for k in self.model.state_dict() if not is_counter(k)]
+        missing = {k for k in incompatible.missing_keys if not is_counter(k)}
         wrong = {k: f"{k} {old} instead of {new}" for k, old, new in incompatible.incorrect_shapes}
-        surplus = [k for k in incompatible.unexpected_keys if not k.endswith(_COUNTER)]
+        surplus = [k for k in incompatible.unexpected_keys if not is_counter(k)]
         problems = {"missing": sorted(missing), "of another shape": [*wrong.values()]}
         if self._is_start:
             means = getattr(self.model, "pixel_mean", None)
@@ -355,10 +315,6 @@ class Checkpointer(DetectionCheckpointer):
             )
         if surplus:
             self.logger.warning(f"In {self.path}, but not in the model: {', '.join(surplus)}")
-
-
-def _written(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name  # of the same second, where disks know no less
 
 
 def _start_of(names: list[str], missing: set[str]) -> list[str]:

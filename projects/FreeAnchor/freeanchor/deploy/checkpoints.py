@@ -8,6 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import model_zoo
 from ..checkpoint import config_beside, find
+from ..checkpoint.run_folder import last_checkpoint
 from ..config import CONFIGS, read_config, scored_part
 from ..errors import FileError
 
@@ -15,7 +16,6 @@ __all__ = ["class_names", "find_checkpoint"]
 
 _HUB = "hf://"
 _WEIGHTS = (".pth", ".safetensors")
-_FINAL = tuple(f"model_final{suffix}" for suffix in _WEIGHTS)
 
 
 def find_checkpoint(source: str | Path | CfgNode, weights: str | Path = "") -> CfgNode:
@@ -95,15 +95,13 @@ def _read(source: Path) -> CfgNode:
 
 def _newest_weights(folder: Path) -> Path:
     """The weights of a run: those saved last, or where nothing tells, the final ones."""
-    names = list(_FINAL)
-    if (folder / "last_checkpoint").is_file():
-        last = (folder / "last_checkpoint").read_text().strip()
-        names.insert(0, Path(last).name)  # never outside the folder
-    for name in filter(None, names):
-        if (folder / name).is_file():
-            return folder / name
+    final = [folder / f"model_final{suffix}" for suffix in _WEIGHTS]
+    candidates = [x for x in (last_checkpoint(folder), *final) if x is not None]
+    for path in candidates:
+        if path.is_file():
+            return path
     raise FileError(
-        f"{folder} has none of the weights {', '.join(filter(None, names))}: the "
+        f"{folder} has none of the weights {', '.join(x.name for x in candidates)}: the "
         "training has saved no checkpoint"
     )
 
@@ -112,7 +110,7 @@ def class_names(cfg: CfgNode) -> list[str]:
     """Names of the classes of a model, in its order; "class 0", ... where nothing tells them."""
     number = scored_part(cfg)[1].NUM_CLASSES
     # Data sets that Detectron2 itself knows have their names there.
-    known = [cfg.MODEL.FREEANCHOR.get("CLASS_NAMES", [])]
+    known = [cfg.MODEL.FREEANCHOR.CLASS_NAMES]
     known += [
         MetadataCatalog.get(x).get("thing_classes", [])
         for x in cfg.DATASETS.TRAIN

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
+from ..checkpoint.run_folder import keep_newest
 from ..errors import FileError, FreeAnchorError
 from .random_state import random_state
 from .step import Request, TrainStep
@@ -112,7 +113,7 @@ class Checkpoints(HookBase):
         try:
             self._checkpointer.save(name, iteration=self.trainer.iter, random_states=states)
             if self._kept > 0:
-                self._checkpointer.keep_newest(self._kept)
+                keep_newest(self._checkpointer.save_dir, self._kept)
         except (FileError, OSError) as e:
             self.problem = str(e)
             logger.error(f"{e}. The run goes on, and the next checkpoint will be tried as usual")

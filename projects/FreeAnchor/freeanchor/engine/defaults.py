@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+from detectron2.engine import DefaultTrainer, default_argument_parser
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names, replacing
+from ..checkpoint.run_folder import BEST, LAST, checkpoints_in, last_checkpoint
 from ..command_line import add_dataset_argument, number
 from ..config import (
     add_freeanchor_config,
@@ -93,12 +96,9 @@ def build_config(args: argparse.Namespace) -> CfgNode:
 
 def _trained_classes(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """The classes of the weights that are to be evaluated, as far as they say."""
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if args.resume and os.path.isfile(last):
-        with open(last) as f:
-            path = os.path.join(cfg.OUTPUT_DIR, f.read().strip())
+    if args.resume and (found := checkpoints_in(cfg.OUTPUT_DIR)):
         try:
-            return read_class_names(path)
+            return read_class_names(str(found[0]))
         except FileError:  # damaged: loading takes the one before, and compares the classes
             return []
     return read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
@@ -127,8 +127,7 @@ def check(args: argparse.Namespace) -> None:
     choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
     check_deformable(cfg, training=not args.eval_only)
     if args.eval_only:
-        is_there = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-        if args.resume and not is_there and not cfg.MODEL.WEIGHTS:
+        if args.resume and not checkpoints_in(cfg.OUTPUT_DIR) and not cfg.MODEL.WEIGHTS:
             raise FreeAnchorError(
                 f"--eval-only --resume: there is no checkpoint in {cfg.OUTPUT_DIR}: give the "
                 "OUTPUT_DIR of a training, or MODEL.WEIGHTS instead of --resume"
@@ -156,8 +155,7 @@ def check(args: argparse.Namespace) -> None:
         _check_place(args, cfg.OUTPUT_DIR)
     elif not args.eval_only:
         _check_output(cfg.OUTPUT_DIR)
-    for name in _dataset_names(cfg, args):
-        check_images([name], ImageReader.from_config(cfg))
+    check_images(_dataset_names(cfg, args), ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
         find(cfg.MODEL.WEIGHTS)
 
@@ -239,28 +237,24 @@ def _check_devices(args: argparse.Namespace) -> None:
         )
 
 
-def _holds_run(config: Path) -> bool:
-    return config.is_file() and config.with_name("last_checkpoint").is_file()
-
-
 def keep_config(cfg: CfgNode) -> None:
-    """Write the config of a run that goes on, once it is known to fit the checkpoint."""
-    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    if comm.is_main_process() and _holds_run(path):
-        with replacing(path) as f:
+    """Write the config of a run, once it is known to fit the checkpoint that it goes on from."""
+    if comm.is_main_process():
+        with replacing(Path(cfg.OUTPUT_DIR) / "config.yaml") as f:
             f.write(cfg.dump().encode())
 
 
 def _check_place(args: argparse.Namespace, output_dir: str) -> None:
     """Refuse to start anew beside what is left of a run, or one that was moved."""
-    config, best = Path(args.config_file), Path(output_dir) / "model_best.pth"
-    is_new = not (Path(output_dir) / "last_checkpoint").is_file()
-    if is_new and [best] == [*Path(output_dir).glob("model_*.pth")]:
+    if checkpoints_in(output_dir):
+        return
+    config, best = Path(args.config_file), Path(output_dir) / f"{BEST}.pth"
+    if best.is_file():
         raise FreeAnchorError(
             f"--resume: there is no checkpoint to go on with in {output_dir}, only {best.name}: to "
             f"train it further, give MODEL.WEIGHTS {best} and another OUTPUT_DIR, without --resume"
         )
-    if is_new and _holds_run(config) and "OUTPUT_DIR" not in args.opts:
+    if last_checkpoint(config.parent) and "OUTPUT_DIR" not in args.opts:
         raise FreeAnchorError(
             f"--resume: there is no checkpoint in {output_dir}, the OUTPUT_DIR of {config}, but "
             f"beside that file: add OUTPUT_DIR {config.parent}"
@@ -270,7 +264,7 @@ def _check_place(args: argparse.Namespace, output_dir: str) -> None:
 def _check_output(output_dir: str) -> None:
     """Refuse to mix two runs in one folder."""
     folder = Path(output_dir)
-    for path in (folder / "last_checkpoint", *folder.glob("model_*.pth"), folder / "metrics.json"):
+    for path in (folder / LAST, *folder.glob("model_*.pth"), folder / "metrics.json"):
         if path.is_file() and path.stat().st_size:
             raise FreeAnchorError(
                 f"OUTPUT_DIR {output_dir} holds a run already ({path.name}): add --resume to go on "
@@ -304,19 +298,26 @@ def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Build the config of a launched process, and set up logging as Detectron2 does.
+    """Build the config of a launched process, and set up logging and random numbers.
 
-    The `config.yaml` of a run that is there already stays: an evaluation may have other values, and
-    a run that goes on has to load first, see :func:`keep_config`.
+    As Detectron2's `default_setup`, which writes `config.yaml` in every case. Here that of a run
+    that is there already stays: an evaluation may have other values, and a run that goes on has to
+    load first, see :func:`keep_config`.
     """
     cfg = build_config(args)
-    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    kept = path.read_bytes() if comm.is_main_process() and _holds_run(path) else None
-    default_setup(cfg, args)
-    if kept is not None:
-        with replacing(path) as f:
-            f.write(kept)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="freeanchor")
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "freeanchor"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    logger.info(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
+    logger.info(f"Environment info:\n{collect_env_info()}")
+    logger.info(f"Command line arguments: {args}")
+    logger.info(f"Running with full config:\n{cfg.dump()}")
+    is_there = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file()
+    if not checkpoints_in(cfg.OUTPUT_DIR) or (args.eval_only and not is_there):
+        keep_config(cfg)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))
     if not torch.cuda.is_available():
