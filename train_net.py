@@ -21,7 +21,7 @@ import freeanchor  # noqa: F401  # isort: skip
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from freeanchor.checkpoint import Checkpointer, described_config, write_checkpoint
-from freeanchor.engine import Trainer, argument_parser, keep_config, launch, setup, verify
+from freeanchor.engine import Trainer, argument_parser, launch, setup, verify
 from torch import nn
 
 logger = logging.getLogger("freeanchor.train_net")
@@ -43,7 +43,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    keep_config(cfg)
     results = trainer.train()
     export(args, cfg, trainer.evaluated_model)
     return results

@@ -70,6 +70,7 @@ def test_trainer_adds_them_by_vis_period(config, options, expected, dataset, tmp
     """To a model with bags alone, and before the writers, which would miss its pictures."""
     cfg = quick_cfg(f"quick/{config}_R_18_FPN.yaml")
     cfg.merge_from_list([*options, "VIS_PERIOD", 5])
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset[0],), (), str(tmp_path)
     hooks = [type(x) for x in Trainer(cfg)._hooks]
     assert hooks.count(MatchingPictures) == expected

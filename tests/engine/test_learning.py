@@ -131,7 +131,7 @@ def test_short_runs_and_other_losses_are_not_judged(curve, cfg):
 
 @pytest.mark.parametrize(("architecture", "expected"), [("FreeAnchor", 1), ("RetinaNet", 0)])
 def test_trainer_checks_a_freeanchor(cfg, dataset, tmp_path, architecture, expected):
-    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NUM_CLASSES = architecture, 2
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset[0],), (), str(tmp_path)
     found = [x for x in Trainer(cfg)._hooks if isinstance(x, LearningCheck)]
     assert len(found) == expected

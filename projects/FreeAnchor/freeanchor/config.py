@@ -25,6 +25,7 @@ __all__ = [
     "merge_options",
     "read_config",
     "scored_part",
+    "trainer_options",
 ]
 
 _UNSAFE = "FREEANCHOR_UNSAFE_LOAD"
@@ -148,6 +149,33 @@ def add_freeanchor_config(cfg: CfgNode) -> None:
     cfg.TEST.PROPOSAL_RECALL = False
     # Longest side of an image in TEST.AUG, over its shortest as in MIN_SIZES; 0 for MAX_SIZE alone.
     cfg.TEST.AUG.MAX_SIZE_RATIO = 0.0
+
+
+def trainer_options(cfg: CfgNode) -> list[str]:
+    """The keys with which `freeanchor.engine.Trainer` is told what no other trainer does.
+
+    Returns:
+        Those of the keys that :func:`add_freeanchor_config` adds outside of the model that have
+        other values than its own, and `IGNORE_REGIONS`, which is of the model and of the data.
+    """
+    theirs = get_cfg()
+    ours = theirs.clone()
+    add_freeanchor_config(ours)
+    found = []
+
+    def compare(ours: CfgNode, theirs: CfgNode, cfg: CfgNode, name: str) -> None:
+        for key, value in ours.items():
+            if key not in theirs:
+                if key in cfg and cfg[key] != value:
+                    found.append(f"{name}.{key}")
+            elif isinstance(value, CfgNode):
+                compare(value, theirs[key], cfg[key], f"{name}.{key}")
+
+    for part in ("INPUT", "DATALOADER", "SOLVER", "TEST"):
+        compare(ours[part], theirs[part], cfg[part], part)
+    if cfg.MODEL.FREEANCHOR.IGNORE_REGIONS:
+        found.append("MODEL.FREEANCHOR.IGNORE_REGIONS")
+    return found
 
 
 def is_two_stage(cfg: CfgNode) -> bool:

@@ -6,14 +6,18 @@ it hands over to :class:`freeanchor.checkpoint.Checkpointer`; other models and c
 left alone.
 """
 
+import logging
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..config import trainer_options
 from ..modeling import BagDetector
 from .checkpointer import Checkpointer
 
 __all__ = ["hand_over"]
+
+logger = logging.getLogger(__name__)
 
 
 def hand_over() -> None:
@@ -38,6 +42,12 @@ def hand_over() -> None:
         )
         # A predictor needs the whole model; who loads weights to train may lack the predictors.
         load = ours.load_start if self.model.training else ours.load
+        trainer = self.checkpointables.get("trainer")
+        if hasattr(trainer, "cfg") and (unread := trainer_options(trainer.cfg)):
+            logger.warning(
+                f"Detectron2's DefaultTrainer does not read {', '.join(unread)}: take "
+                "freeanchor.engine.Trainer in its place, which does"
+            )
         return load(path, checkpointables)
 
     load.__doc__ = theirs.__doc__

@@ -49,8 +49,8 @@ def resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
         model = list(datasets[0].classes())
         if number not in (NUM_CLASSES_FROM_DATA, len(model)):
             raise DatasetError(
-                f"{key} is {number}, but {names[0]} has {len(model)} "
-                "classes: leave the key out to take the number from the data"
+                f"{key} is {number}, but {names[0]} has {len(model)} classes: leave the key out "
+                "(in a script set it to 0) to take the number from the data"
             )
     for dataset in datasets:
         _check_match(dataset, model, whose, key)

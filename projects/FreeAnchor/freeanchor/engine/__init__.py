@@ -1,7 +1,7 @@
 """What `train_net.py` runs, and a training script of your own can: checks, trainer, launching."""
 
 from .benchmark import Figures, Setting, benchmark, default_setting, to_markdown
-from .defaults import argument_parser, build_config, check, keep_config, setup
+from .defaults import argument_parser, build_config, check, check_config, setup
 from .hooks import MatchingPictures
 from .launch import launch
 from .learning import LearningCheck
@@ -24,8 +24,8 @@ __all__ = [
     "build_evaluator",
     "build_optimizer",
     "check",
+    "check_config",
     "default_setting",
-    "keep_config",
     "launch",
     "replay",
     "setup",

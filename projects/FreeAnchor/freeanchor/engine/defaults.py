@@ -40,7 +40,7 @@ from ..modeling.precision import choose_precision
 from ..values import check_values
 from .checkpoints import has_best
 
-__all__ = ["argument_parser", "build_config", "check", "keep_config", "setup"]
+__all__ = ["argument_parser", "build_config", "check", "check_config", "keep_config", "setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,7 @@ def check(args: argparse.Namespace) -> None:
     if not cfg.OUTPUT_DIR:
         raise FreeAnchorError("OUTPUT_DIR is empty: name the folder of the run")
     check_folder(cfg.OUTPUT_DIR)
-    check_values(cfg, training=not args.eval_only)
-    choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
-    check_deformable(cfg, training=not args.eval_only)
+    check_config(cfg, training=not args.eval_only)
     if args.eval_only:
         if args.resume and not checkpoints_in(cfg.OUTPUT_DIR) and not cfg.MODEL.WEIGHTS:
             raise FreeAnchorError(
@@ -134,23 +132,6 @@ def check(args: argparse.Namespace) -> None:
             )
         if not cfg.MODEL.WEIGHTS and not args.resume:
             raise FreeAnchorError("--eval-only needs MODEL.WEIGHTS, or --resume")
-    else:
-        if cfg.TEST.EARLY_STOPPING and not has_best(cfg):
-            raise FreeAnchorError(
-                "TEST.EARLY_STOPPING needs TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
-            )
-        if not cfg.DATASETS.TRAIN:
-            raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
-    world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if world_size and not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise FreeAnchorError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
-            f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "
-            "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
-        )
-    _check_pixels(cfg)
-    _check_stages(cfg)
-    _check_test(cfg)
     if args.resume:
         _check_place(args, cfg.OUTPUT_DIR)
     elif not args.eval_only:
@@ -158,6 +139,38 @@ def check(args: argparse.Namespace) -> None:
     check_images(_dataset_names(cfg, args), ImageReader.from_config(cfg))
     if cfg.MODEL.WEIGHTS and not args.resume:
         find(cfg.MODEL.WEIGHTS)
+
+
+def check_config(cfg: CfgNode, training: bool) -> None:
+    """Refuse values with which a run would end late, or do something else without a word.
+
+    Args:
+        cfg: config of the run.
+        training: whether it is to be trained, and not only evaluated.
+
+    Raises:
+        FreeAnchorError: the message names the keys.
+    """
+    check_values(cfg, training)
+    choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
+    check_deformable(cfg, training)
+    if training:
+        if cfg.TEST.EARLY_STOPPING and not has_best(cfg):
+            raise FreeAnchorError(
+                "TEST.EARLY_STOPPING needs TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
+            )
+        if not cfg.DATASETS.TRAIN:
+            raise FreeAnchorError("DATASETS.TRAIN is empty, so there is nothing to train on")
+        world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if world_size and cfg.SOLVER.IMS_PER_BATCH % world_size:
+            raise FreeAnchorError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
+                f"SOLVER.REFERENCE_WORLD_SIZE {world_size}, the number of GPUs that the config is "
+                "for: add SOLVER.REFERENCE_WORLD_SIZE 0 to have your values taken as they are"
+            )
+    _check_pixels(cfg)
+    _check_stages(cfg)
+    _check_test(cfg)
 
 
 def _check_pixels(cfg: CfgNode) -> None:
@@ -238,7 +251,7 @@ def _check_devices(args: argparse.Namespace) -> None:
 
 
 def keep_config(cfg: CfgNode) -> None:
-    """Write the config of a run, once it is known to fit the checkpoint that it goes on from."""
+    """Write the config of a run to its folder, where all commands look for it."""
     if comm.is_main_process():
         with replacing(Path(cfg.OUTPUT_DIR) / "config.yaml") as f:
             f.write(cfg.dump().encode())
@@ -301,8 +314,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Build the config of a launched process, and set up logging and random numbers.
 
     As Detectron2's `default_setup`, which writes `config.yaml` in every case. Here that of a run
-    that is there already stays: an evaluation may have other values, and a run that goes on has to
-    load first, see :func:`keep_config`.
+    that is there already stays: an evaluation may have other values, and a training writes its own
+    when it has loaded, see :meth:`freeanchor.engine.Trainer.train`.
     """
     cfg = build_config(args)
     rank = comm.get_rank()
@@ -312,8 +325,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     logger.info(f"Environment info:\n{collect_env_info()}")
     logger.info(f"Command line arguments: {args}")
     logger.info(f"Running with full config:\n{cfg.dump()}")
-    is_there = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file()
-    if not checkpoints_in(cfg.OUTPUT_DIR) or (args.eval_only and not is_there):
+    holds_run = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file() and checkpoints_in(cfg.OUTPUT_DIR)
+    if args.eval_only and not holds_run:
         keep_config(cfg)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not args.eval_only:

@@ -17,7 +17,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import Checkpointer, checksum
-from ..data import ImageReader, Mapper, load_training_set
+from ..data import ImageReader, Mapper, load_training_set, resolve_classes
 from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..evaluation import (
     BoxEvaluator,
@@ -29,6 +29,7 @@ from ..modeling import BagDetector, MultiScaleTest, has_bags
 from ..paths import file_stem
 from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
+from .defaults import check_config, keep_config
 from .hooks import MatchingPictures
 from .learning import LearningCheck
 from .loader import TrainLoader
@@ -49,6 +50,9 @@ class Trainer(DefaultTrainer):
 
     What it builds and the hooks that it runs are Detectron2's; the loop, the step and what a
     checkpoint holds are its own, the same with Detectron2 0.6 and its main branch.
+
+    A script needs nothing else of `train_net.py`: data sets that are registered in any way of
+    Detectron2's are read by our reader and brought to the classes of the model by their names.
     """
 
     checkpointer: Any
@@ -60,9 +64,16 @@ class Trainer(DefaultTrainer):
             cfg: config of the run, for `SOLVER.REFERENCE_WORLD_SIZE` processes.
 
         Raises:
-            FreeAnchorError: the batch cannot be divided as the config wants it.
+            FreeAnchorError: a data set or the config cannot be used, or the batch cannot be divided
+                as the config wants it.
         """
         TrainerBase.__init__(self)
+        cfg = cfg.clone()
+        cfg.defrost()
+        resolve_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        cfg.freeze()
+        check_config(cfg, training=True)
+        self._unscaled = cfg
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_batch(cfg)
         model = self.build_model(cfg)
@@ -195,12 +206,16 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict[str, Any]:
         """Train from `start_iter` until `max_iter`, which a hook may lower.
 
+        The config is written to `config.yaml` only now, when it is known to fit the checkpoint that
+        a run goes on from.
+
         Returns:
             The results of the last evaluation, on the main process.
 
         Raises:
             FreeAnchorError: training cannot go on, or the last checkpoint could not be written.
         """
+        keep_config(self._unscaled)
         logger.info(f"Starting training from iteration {self.start_iter}")
         self.iter = self.start_iter
         with EventStorage(self.start_iter) as self.storage, self._checkpoints.answering_signals():

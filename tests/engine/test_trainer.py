@@ -1,0 +1,86 @@
+"""Trainer in a script, without train_net.py, and Detectron2's own in its place."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer
+from freeanchor.deploy import Predictor
+from freeanchor.engine import Trainer
+from freeanchor.errors import FreeAnchorError
+from tiny_run import TINY_MODEL
+
+
+@pytest.fixture
+def script(cfg, coco, tmp_path):
+    """The config of a script whose data sets Detectron2 has registered; classes in two orders."""
+    triples = [coco(), coco("val", category_ids=(30, 10, 20))]
+    path = Path(triples[1][1])
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 10 * i, "name": f"class {4 - i}"} for i in (1, 2, 3)]
+    path.write_text(json.dumps(content))
+    for name, annotations, images in triples:
+        register_coco_instances(name, {}, annotations, images)
+    cfg.merge_from_list([*TINY_MODEL, "SOLVER.MAX_ITER", 2, "DATALOADER.NUM_WORKERS", 0])
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train",), ("val",)
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg
+
+
+def test_script(script, images):
+    """It trains as train_net.py does: classes by name, a folder that all commands take."""
+    script.MODEL.RETINANET.NUM_CLASSES = 0
+    trainer = Trainer(script)
+    names = ["class 1", "class 2", "class 3"]
+    assert MetadataCatalog.get("train").thing_classes == names
+    assert MetadataCatalog.get("val").thing_classes == names
+    content = json.loads(Path(MetadataCatalog.get("val").json_file).read_text())
+    own = {x["id"]: x["name"] for x in content["categories"]}
+    expected = [own[x["category_id"]] for x in content["annotations"]]
+    records = [x["annotations"] for x in DatasetCatalog.get("val")]
+    assert [names[x["category_id"]] for (x,) in records] == expected
+    trainer.resume_or_load(resume=False)
+    assert "AP" in trainer.train()["bbox"]
+    predictor = Predictor(script.OUTPUT_DIR)
+    assert list(predictor.class_names) == names
+    assert len(predictor(images[:1])) == 1
+    assert script.MODEL.FREEANCHOR.CLASS_NAMES == []  # the script's config is its own
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("MODEL.RETINANET.NUM_CLASSES", 80, "train has 3 classes"),
+        ("SOLVER.EMA_DECAY", 1.0, "SOLVER.EMA_DECAY"),
+        ("TEST.EARLY_STOPPING", 3, "TEST.EARLY_STOPPING needs"),
+        ("DATASETS.TRAIN", (), "DATASETS.TRAIN is empty"),
+    ],
+)
+def test_script_with_values_that_are_refused(script, key, value, expected):
+    """As on the command line, before any work."""
+    script.merge_from_list([key, value])
+    with pytest.raises(FreeAnchorError, match=expected):
+        Trainer(script)
+    assert not Path(script.OUTPUT_DIR).exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["SOLVER.OPTIMIZER", "AdamW", "INPUT.SCALE_JITTER", (0.5, 2.0)],
+        ["SOLVER.AMP.PRECISION", "bfloat16", "MODEL.FREEANCHOR.IGNORE_REGIONS", True],
+    ],
+)
+def test_detectron2s_trainer_says_what_it_does_not_read(script, options, caplog):
+    script.merge_from_list(options)
+    script.DATASETS.TEST = ()
+    trainer = DefaultTrainer(script)
+    with caplog.at_level(logging.WARNING, "freeanchor"):
+        trainer.resume_or_load(resume=False)
+    warnings = [x for x in caplog.messages if "freeanchor.engine.Trainer" in x]
+    assert len(warnings) == bool(options)
+    assert all(key in warnings[0] for key in options[::2])
