@@ -8,6 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import DatasetEvaluator
 from freeanchor.deploy import Predictor
 from freeanchor.engine import Trainer
 from freeanchor.errors import FreeAnchorError
@@ -48,6 +49,40 @@ def test_script(script, images):
     assert list(predictor.class_names) == names
     assert len(predictor(images[:1])) == 1
     assert script.MODEL.FREEANCHOR.CLASS_NAMES == []  # the script's config is its own
+
+
+class Counter(DatasetEvaluator):
+    """Counts the images that it sees."""
+
+    def reset(self):
+        self.seen = 0
+
+    def process(self, inputs, outputs):
+        self.seen += len(inputs)
+
+    def evaluate(self):
+        return {"own": {"seen": self.seen}}
+
+
+def test_evaluator_of_the_users_own(script):
+    """The usual override of Detectron2's tutorials; what looks into the model stays."""
+    folders = []
+
+    class Own(Trainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            folders.append(output_folder)
+            return Counter()
+
+    script.MODEL.RETINANET.NUM_CLASSES = 3
+    script.TEST.NMS_RECALL = script.TEST.AUG.ENABLED = True
+    script.TEST.AUG.MIN_SIZES = (48,)
+    trainer = Own(script)
+    trainer.resume_or_load(resume=False)
+    assert trainer.train().keys() == {"own", "own_TTA", "nms_recall"}
+    assert folders == [None, str(Path(script.OUTPUT_DIR) / "inference_TTA")]
+    last = (Path(script.OUTPUT_DIR) / "metrics.json").read_text().splitlines()[-1]
+    assert json.loads(last)["own/seen"] == 4
 
 
 @pytest.mark.parametrize(

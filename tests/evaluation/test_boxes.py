@@ -238,7 +238,7 @@ def test_truth_from_elsewhere_than_a_file(register, tmp_path, source):
 
 
 @pytest.mark.parametrize("back_end", ["faster-coco-eval", "pycocotools"])
-def test_more_than_100_detections(register, cfg, model, tmp_path, monkeypatch, back_end):
+def test_more_than_100_detections(register, cfg, tmp_path, monkeypatch, back_end):
     """A model with more detections per image is not measured by its first 100."""
     if back_end == "pycocotools":
         monkeypatch.setattr(boxes, "COCO", COCO)
@@ -248,7 +248,7 @@ def test_more_than_100_detections(register, cfg, model, tmp_path, monkeypatch, b
     name = register("many", objects, num_images=1)
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
     cfg.OUTPUT_DIR = str(tmp_path)
-    results = evaluate(engine.build_evaluator(cfg, name, model), found, 1)
+    results = evaluate(engine.Trainer.build_evaluator(cfg, name), found, 1)
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert results["crowding"]["AR0"] == pytest.approx(100)
     assert evaluate(BoxEvaluator(name), found, 1)["bbox"]["AP"] < 34

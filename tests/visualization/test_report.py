@@ -20,7 +20,6 @@ from freeanchor.data import encode_mask
 from freeanchor.errors import FileError
 from freeanchor.visualization import NOT_LEARNING, gallery, write_pictures, write_report
 from PIL import Image
-from torch import nn
 
 METRICS = {
     "bbox/AP": 12.34,
@@ -352,7 +351,7 @@ def hostile_run(run, tmp_path):
     name = "../a/b <i>$x$"
     data.register_datasets([(name, str(tmp_path / "hostile.json"), folder)])
     cfg.DATASETS.TEST = (name,)
-    evaluator = engine.build_evaluator(cfg, name, nn.Identity())
+    evaluator = engine.Trainer.build_evaluator(cfg, name)
     evaluator.reset()
     for i in ids.values():
         found = Instances((40, 60))

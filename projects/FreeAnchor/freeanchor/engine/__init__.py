@@ -9,7 +9,7 @@ from .loader import TrainLoader
 from .optimizer import build_optimizer
 from .replay import replay
 from .results import verify
-from .trainer import Trainer, build_evaluator
+from .trainer import Trainer
 
 __all__ = [
     "Figures",
@@ -21,7 +21,6 @@ __all__ = [
     "argument_parser",
     "benchmark",
     "build_config",
-    "build_evaluator",
     "build_optimizer",
     "check",
     "check_config",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -40,7 +40,7 @@ from .random_state import random_state, set_random_state
 from .results import keep_figures, keep_thresholds, verify
 from .step import Request, TrainStep, without_ddp
 
-__all__ = ["Trainer", "build_evaluator"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,24 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=Mapper(cfg, is_train=False))
 
     @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Build what evaluates the detections in a data set; others are an override, as usual.
+
+        Args:
+            cfg: config of the run.
+            dataset_name: a registered data set.
+            output_folder: where its files go, by default `inference` in `OUTPUT_DIR`.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return BoxEvaluator(
+            dataset_name,
+            output_dir=os.path.join(folder, file_stem(dataset_name)),
+            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate as the config says: at one scale, and with TEST.AUG.ENABLED at several.
 
@@ -279,18 +297,23 @@ class Trainer(DefaultTrainer):
         `OUTPUT_DIR`, and the figures into its `inference/results.json`, beside the detections.
         """
         with inference_autocast(cfg, model):
-            results: dict[str, Any] = super().test(
-                cfg, model, [build_evaluator(cfg, name, model) for name in cfg.DATASETS.TEST]
-            )
+            evaluators = [
+                DatasetEvaluators(
+                    [cls.build_evaluator(cfg, name), *_evaluators_of(model, cfg, name)]
+                )
+                for name in cfg.DATASETS.TEST
+            ]
+            results: dict[str, Any] = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             keep_thresholds(cfg, model, results)
         if cfg.TEST.AUG.ENABLED:
             logger.info("Evaluating with test-time augmentation")
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
             with inference_autocast(cfg, model):
                 augmented = super().test(
                     cfg,
                     MultiScaleTest(cfg, model, ImageReader.from_config(cfg).read),
-                    [_box_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST],
+                    [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
                 )
             several = len(cfg.DATASETS.TEST) > 1  # then the tasks are under the data sets
             for name in cfg.DATASETS.TEST if several else ("",):
@@ -382,25 +405,11 @@ def _check_batch(cfg: CfgNode) -> None:
         )
 
 
-def _box_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> BoxEvaluator:
-    return BoxEvaluator(
-        dataset_name,
-        output_dir=os.path.join(cfg.OUTPUT_DIR, folder, file_stem(dataset_name)),
-        max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
-    )
-
-
-def build_evaluator(cfg: CfgNode, dataset_name: str, model: nn.Module) -> DatasetEvaluators:
-    """Build the evaluators of a data set that the config asks for.
-
-    Args:
-        cfg: config of the run.
-        dataset_name: a registered data set.
-        model: what is to be evaluated.
-    """
-    wanted: list[Any] = [_box_evaluator(cfg, dataset_name, "inference")]
+def _evaluators_of(model: nn.Module, cfg: CfgNode, dataset_name: str) -> list[DatasetEvaluator]:
+    """What looks into the model, as the config asks for."""
+    found: list[DatasetEvaluator] = []
     if cfg.TEST.NMS_RECALL:
-        wanted.append(NMSRecallEvaluator(dataset_name, model))
+        found.append(NMSRecallEvaluator(dataset_name, model))
     if cfg.TEST.PROPOSAL_RECALL:
-        wanted.append(ProposalRecallEvaluator(dataset_name, model))
-    return DatasetEvaluators(wanted)
+        found.append(ProposalRecallEvaluator(dataset_name, model))
+    return found
