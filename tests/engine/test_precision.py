@@ -6,7 +6,8 @@ import logging
 
 import pytest
 import torch
-from conftest import instances, make_it_detect
+from conftest import instances, make_it_detect, quick_cfg
+from detectron2.structures import Boxes
 from freeanchor.engine import Trainer, precision
 from freeanchor.engine.step import TrainStep
 from freeanchor.errors import FreeAnchorError
@@ -312,6 +313,28 @@ def test_inference_in_float32_or_mixed(cfg):
     assert not torch.equal(mixed.scores, expected.scores)
     torch.testing.assert_close(mixed.scores[:10], expected.scores[:10], rtol=0.05, atol=0.02)
     assert not model.head._forward_hooks
+
+
+def test_second_stage_at_positions_in_float32():
+    """Pooled features, and masks that are found, lie where the boxes do: no step of bfloat16."""
+    cfg = configure(quick_cfg("quick/mask_rcnn_free_anchor_R_18_FPN.yaml"), *MIXED)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 3, 0.0
+    configure(cfg, "TEST.AMP.ENABLED", True)
+    model = Trainer.build_model(cfg).eval()
+    features = [torch.randn(1, 2, 1024 // s, 1024 // s).bfloat16() for s in (4, 8, 16, 32)]
+    corners = torch.rand(50, 2) * 900
+    boxes = Boxes(torch.cat([corners, corners + 10 + torch.rand(50, 2) * 100], dim=1))
+    for name in ("box_pooler", "mask_pooler"):
+        pooler = getattr(model.roi_heads, name)
+        expected = pooler([x.float() for x in features], [boxes])
+        with precision.autocast(cfg):
+            pooled = pooler(features, [boxes])
+        assert pooled.dtype == torch.bfloat16
+        assert torch.equal(pooled, expected.bfloat16())
+    with torch.no_grad(), precision.inference_autocast(cfg, model):
+        (found,) = model.inference(batch(1), do_postprocess=False)
+    assert len(found) > 0
+    assert found.pred_masks.dtype == torch.float32
 
 
 def test_compile_keeps_names_and_values(cfg):

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ROIAlign
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 
 from ..errors import FreeAnchorError
@@ -91,6 +93,25 @@ class _Bfloat16Conv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype)).to(dtype)
 
 
+class _Float32ROIAlign(ROIAlign):
+    """A pooling whose boxes stay in float32, also within autocast.
+
+    Detectron2 gives them the dtype of the features: from 512 pixels on, in bfloat16, only every
+    fourth position is left of them. Torchvision pools in float32 in either case.
+    """
+
+    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
+        pooled: Tensor = super().forward(features.float(), boxes)
+        return pooled.to(features.dtype)
+
+
+def _masks_to_float32(head: nn.Module, inputs: Any, outputs: Any) -> None:
+    """Let found masks be pasted at positions in float32: their dtype is that of the positions."""
+    if not head.training:
+        for found in outputs:
+            found.pred_masks = found.pred_masks.float()
+
+
 def optimize(cfg: CfgNode, model: nn.Module) -> None:
     """Lay the weights of a detector out in memory, and compile it, as the config says.
 
@@ -108,6 +129,11 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
         raise FreeAnchorError(
             f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {wanted!r}"
         )
+    for module in model.modules():
+        if type(module) is ROIAlign:
+            module.__class__ = _Float32ROIAlign
+        elif isinstance(module, BaseMaskRCNNHead):
+            module.register_forward_hook(_masks_to_float32)
     precision = choose_precision(cfg, cfg.SOLVER.AMP.ENABLED)
     is_bfloat16_on_cpu = cfg.MODEL.DEVICE == "cpu" and precision.dtype == torch.bfloat16
     if is_bfloat16_on_cpu:
