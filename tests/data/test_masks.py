@@ -84,6 +84,20 @@ def test_any_value(value):
         assert np.isfinite(extent).all()
 
 
+def test_how_polygons_may_be_nested():
+    """As numbers, as points, and as OpenCV's contours; what may be two polygons is not joined."""
+    points = np.reshape(SQUARE, (-1, 2)).tolist()
+    contour = [[x] for x in points]
+    for value in ([SQUARE], SQUARE, [points], [contour], [[SQUARE]]):
+        (polygon,), extent = read_mask(value, (64, 48))
+        assert polygon.tolist() == SQUARE
+        assert extent == (8, 6, 20, 12)
+    inner = [[x + 2, y] for x, y in points]
+    with_height = [[x, y, 5.0] for x, y in points]
+    for value in ([[points, inner]], [[SQUARE, SQUARE]], [with_height]):
+        assert read_mask(value, (64, 48)) == "is neither polygons nor a run-length encoding"
+
+
 @pytest.mark.parametrize(
     ("value", "problem"),
     [

@@ -51,12 +51,14 @@ def read_mask(value: Any, size: tuple[int, int]) -> tuple[Any, _Extent] | str:
         return _UNKNOWN
     try:
         parts = [value] if isinstance(value[0], int | float) else value
-        polygons = [np.asarray(x, dtype=np.float64).ravel() for x in parts]
+        arrays = [np.asarray(x, dtype=np.float64).squeeze() for x in parts]
     except (TypeError, ValueError, OverflowError):
         return _UNKNOWN
-    polygons = [
-        x for x in polygons if len(x) >= 6 and len(x) % 2 == 0 and bool(np.isfinite(x).all())
-    ]
+    # Numbers or points, but neither rings within a polygon nor points of three numbers.
+    if any(x.ndim > 2 or (x.ndim == 2 and x.shape[1] != 2) for x in arrays):
+        return _UNKNOWN
+    polygons = [x.ravel() for x in arrays if x.size >= 6 and x.size % 2 == 0]
+    polygons = [x for x in polygons if bool(np.isfinite(x).all())]
     if not polygons:
         return _NO_POLYGON
     points = np.concatenate(polygons).reshape(-1, 2)
