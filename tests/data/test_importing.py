@@ -240,6 +240,20 @@ def test_yolo(yolo, tmp_path, capsys, source):
     assert found["b.png"] == [("cat", [0.0, 0.0, 32.0, 24.0], 0)]
 
 
+def test_yolo_polygons_are_masks(yolo, tmp_path):
+    """Those of YOLO's segmentation; a box has none, and a confidence is no coordinate."""
+    (yolo / "labels" / "train" / "b.txt").write_text(
+        "1 0.25 0.25 0.75 0.25 0.75 0.5 0.9\n0 0.5 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5 0.9\n"
+    )
+    out = tmp_path / "out.json"
+    data.import_yolo(yolo, out, split="train")
+    polygon, *boxes = json.loads(out.read_text())["annotations"][2:]
+    assert polygon["segmentation"] == [[16, 12, 48, 12, 48, 24]]
+    assert polygon["bbox"] == [16, 12, 32, 12]
+    assert polygon["area"] == pytest.approx(32 * 12 / 2, abs=16)  # of pixels
+    assert [("segmentation" in x, x["area"]) for x in boxes] == [(False, 32 * 24)] * 2
+
+
 def test_yolo_labels_are_found_as_images_are(yolo, tmp_path):
     """In letters of another case too; of one image alone; and copies that tools hide are none."""
     images, labels = (yolo / kind / "train" for kind in ("images", "labels"))

@@ -15,12 +15,14 @@ from xml.etree.ElementTree import ParseError
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from ..errors import DatasetError
 from .findings import show
 from .folder import ImageFolder
 from .images import IMAGE_SUFFIXES, ImageReader
+from .masks import read_mask, to_rle
 from .readings import write_coco
 
 __all__ = ["import_voc", "import_yolo"]
@@ -107,8 +109,8 @@ def import_voc(
         flags = [x.findtext("difficult", "0").strip().lower() for x in tree.iterfind("object")]
         if unknown := [x for x in flags if x not in _FLAGS]:
             raise DatasetError(f"{path}: `difficult` is {unknown[0]!r}, and should be 0 or 1")
-        difficult = [_FLAGS[x] for x in flags]
-        writer.add(os.path.relpath(image, images), size, found.xyxy, found.class_id, difficult)
+        others = [{"ignore": 1} if _FLAGS[x] else {} for x in flags]
+        writer.add(os.path.relpath(image, images), size, found.xyxy, found.class_id, others)
     writer.write(out)
     return images
 
@@ -219,7 +221,7 @@ def import_yolo(
     images: Path | None = None,
     split: str | None = None,
 ) -> Path:
-    """Write a COCO file of YOLO's text files.
+    """Write a COCO file of YOLO's text files. A line with a polygon has it as `segmentation`.
 
     Args:
         source: `data.yaml`, or a folder with it or with `classes.txt`.
@@ -271,7 +273,8 @@ def import_yolo(
             raise DatasetError(
                 f"{label} has the class {wrong[0]}, and there are {len(names)} names, from 0 on"
             )
-        writer.add(os.path.relpath(image, root), size, found.xyxy, classes, [False] * len(classes))
+        others = [_yolo_polygon(x, size) for x in lines]
+        writer.add(os.path.relpath(image, root), size, found.xyxy, classes, others)
     if without == len(files):
         raise DatasetError(
             f"none of the {without} images has a label file: that of x/images/y/a.jpg is "
@@ -281,6 +284,18 @@ def import_yolo(
         print(f"{without} of {len(files)} images have no label file, and are taken for background")
     writer.write(out)
     return root
+
+
+def _yolo_polygon(line: str, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's keys for the polygon of a line, whose area is the object's; none of a box."""
+    values = [float(x) for x in line.split()[1:]]
+    if len(values) < 6:
+        return {}
+    points = np.reshape(values[: len(values) // 2 * 2], (-1, 2))  # a last one is a confidence
+    mask = [(points * size).round(3).ravel().tolist()]
+    if isinstance(read_mask(mask, size), str):  # the reader of the file says what is wrong with it
+        return {"segmentation": mask}
+    return {"segmentation": mask, "area": float(mask_api.area(to_rle(mask, size)))}
 
 
 def _yolo_config(source: Path) -> tuple[dict[str, Any], list[str], Path]:
@@ -392,14 +407,22 @@ class _Writer:
         size: tuple[int, int],
         corners: NDArray[Any],
         classes: Any,
-        ignored: Sequence[bool],
+        others: Sequence[dict[str, Any]],
     ) -> None:
-        """Add an image and its boxes (M, 4) x1, y1, x2, y2, which end where it does."""
+        """Add an image and its boxes (M, 4) x1, y1, x2, y2, which end where it does.
+
+        Args:
+            file_name: of the image, in the folder of the images.
+            size: its width and height.
+            corners: of the boxes.
+            classes: (M,) their indices.
+            others: (M,) the other keys that their annotations have.
+        """
         image_id = len(self.content["images"]) + 1
         width, height = size
         image = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         self.content["images"].append(image)
-        for (x1, y1, x2, y2), c, is_ignored in zip(corners.tolist(), classes, ignored):
+        for (x1, y1, x2, y2), c, other in zip(corners.tolist(), classes, others, strict=True):
             x1, y1, x2, y2 = max(0.0, x1), max(0.0, y1), min(width, x2), min(height, y2)
             box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             annotation = {
@@ -410,9 +433,7 @@ class _Writer:
                 "area": round(box[2] * box[3], 3),
                 "iscrowd": 0,
             }
-            self.content["annotations"].append(
-                {**annotation, **({"ignore": 1} if is_ignored else {})}
-            )
+            self.content["annotations"].append({**annotation, **other})
 
     def write(self, out: Path) -> None:
         """Write it."""
