@@ -355,6 +355,31 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
             ["MODEL.PIXEL_STD", "[1.0,-1.0,1.0]"],
             r"MODEL\.PIXEL_STD must be above 0, got \[1\.0, -1",
         ),
+        *(
+            (
+                [f"MODEL.ANCHOR_GENERATOR.{key}", "[[]]"],
+                rf"GENERATOR\.{key} must have .*got \[\[\]\]",
+            )
+            for key in ("SIZES", "ASPECT_RATIOS")
+        ),
+        *(
+            ([f"MODEL.{key}", "0"], rf"MODEL\.{key} must be at least 1, got 0")
+            for key in ("FPN.OUT_CHANNELS", "RESNETS.STEM_OUT_CHANNELS", "ROI_BOX_HEAD.FC_DIM")
+        ),
+        (["MODEL.RETINANET.BBOX_REG_WEIGHTS", "(10.0,5.0)"], r"BBOX_REG_WEIGHTS must be four"),
+        *(
+            (
+                ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size],
+                rf"INPUT\.CROP\.{expected}",
+            )
+            for kind, size, expected in (
+                ("relative", "[1.5,0.5]", r"SIZE must be two shares .*, got \[1\.5, 0\.5\]"),
+                ("relative_range", "[0.5,1.5]", "SIZE must be two shares"),
+                ("absolute", "[0.9,0.9]", "SIZE must be two numbers of pixels"),
+                ("absolute_range", "[300]", "SIZE must be two"),
+                ("share", "[0.9,0.9]", "TYPE must be one of relative, .*, got share"),
+            )
+        ),
         (["TEST.EARLY_STOPPING", "1"], r"EARLY_STOPPING needs TEST\.EVAL_PERIOD, TEST\.BEST_MET"),
         (
             ["SOLVER.BASE_LR", "fast"],

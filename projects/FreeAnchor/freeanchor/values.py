@@ -3,7 +3,7 @@
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             *("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS"),
             *("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST", "TEST.PRECISE_BN.NUM_ITER"),
             *("MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.TOPK_CANDIDATES_TEST"),
+            *("MODEL.FPN.OUT_CHANNELS", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+            *("MODEL.RESNETS.NUM_GROUPS", "MODEL.ROI_BOX_HEAD.FC_DIM"),
+            *("MODEL.ROI_BOX_HEAD.CONV_DIM", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
         ),
     ),
     (
@@ -59,6 +63,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("below 2 ** 32", lambda x: x < 2**32, ("SEED",)),
 )
+_CROPS = ("relative", "relative_range", "absolute", "absolute_range")
 # Whose code fails at values of a config; a user's own parts keep their tracebacks.
 _BUILDERS = {"detectron2", "freeanchor", "fvcore", "timm", "torch", *sys.stdlib_module_names}
 _ERRORS = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
@@ -79,11 +84,27 @@ def check_values(cfg: CfgNode, training: bool) -> None:
             value = _get(cfg, key)
             if (training or not key.startswith("SOLVER.")) and not all(map(is_right, _flat(value))):
                 raise FreeAnchorError(f"{key} must be {what}, got {value}")
+    for key in ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"):
+        if not all(_get(cfg, key)):
+            raise FreeAnchorError(f"{key} must have a number for each level, got {_get(cfg, key)}")
+    if len(weights := cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS) != 4:
+        raise FreeAnchorError(f"MODEL.RETINANET.BBOX_REG_WEIGHTS must be four, got {weights}")
+    if training and cfg.INPUT.CROP.ENABLED:
+        _check_crop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and sorted(sizes) != list(sizes):
         raise FreeAnchorError(f"INPUT.MIN_SIZE_TRAIN must be the smaller size first, got {sizes}")
     if not sizes:
         raise FreeAnchorError("INPUT.MIN_SIZE_TRAIN is empty: name a size of the shorter side")
+
+
+def _check_crop(kind: str, size: Sequence[float]) -> None:
+    if kind not in _CROPS:
+        raise FreeAnchorError(f"INPUT.CROP.TYPE must be one of {', '.join(_CROPS)}, got {kind}")
+    is_share = kind.startswith("relative")
+    if len(size) != 2 or not all(0 < x <= 1 if is_share else x >= 1 for x in size):
+        what = "shares above 0 and up to 1" if is_share else "numbers of pixels"
+        raise FreeAnchorError(f"INPUT.CROP.SIZE must be two {what} with {kind}, got {size}")
 
 
 @contextmanager
