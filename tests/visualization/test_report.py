@@ -19,6 +19,7 @@ from freeanchor.checkpoint import write_checkpoint
 from freeanchor.data import encode_mask
 from freeanchor.errors import FileError
 from freeanchor.visualization import NOT_LEARNING, gallery, write_pictures, write_report
+from freeanchor.visualization.charts import Line, line_chart
 from PIL import Image
 
 METRICS = {
@@ -302,6 +303,19 @@ def test_pages_of_an_evaluation_alone(run):
     main(["visualize", *arguments])
     assert [x.name for x in (output / "pictures").iterdir()] != []
     assert not (output / "pictures" / "curves.png").exists()
+
+
+def test_curves_with_values_that_are_not_finite():
+    """An evaluation without detections, say: browsers draw nothing of a line with such a point."""
+    figures = [float("nan"), 5.0, float("inf"), 10.0, float("nan")]
+    whole, part = (
+        line_chart("AP", [Line("AP", x, y, "#000", note="10")], "iteration")
+        for x, y in (([2, 4], [5.0, 10.0]), (range(1, 6), figures))
+    )
+    assert part == whole
+    chart = line_chart("AP", [Line("AP", range(1, 6), figures, "#000")], "iteration")
+    assert "<b>nan</b>" in chart  # it is the last one
+    assert line_chart("AP", [Line("AP", [1], figures[:1], "#000")], "iteration") == ""
 
 
 def test_parts_in_the_order_of_their_limits(run):

@@ -62,22 +62,28 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, y_range: tuple[float, float] | None = None
 ) -> str:
-    """A chart with a legend.
+    """A chart with a legend, which says of each line the last value, or a note.
 
     Args:
         title: plain text.
-        lines: not empty, with a point each.
+        lines: with a point each. Points that are not finite are left out.
         x_label: plain text.
         y_range: by default that of the lines, and zero.
+
+    Returns:
+        The html, empty if there is nothing to draw.
     """
+    lines = [line for line in map(_finite, lines) if len(line.x)]
+    if not lines:
+        return ""
     x_range = (
         min(float(np.min(line.x)) for line in lines),
         max(float(np.max(line.x)) for line in lines),
     )
     if y_range is None:
         y_range = (
-            min(0.0, *(float(np.nanmin(line.y)) for line in lines)),
-            max(float(np.nanmax(line.y)) for line in lines),
+            min(0.0, *(float(np.min(line.y)) for line in lines)),
+            max(float(np.max(line.y)) for line in lines),
         )
     x_ticks, y_ticks = _ticks(*x_range), _ticks(*y_range)
     x_range = (x_range[0], max(x_range[1], x_range[0] + 1e-9))
@@ -112,7 +118,7 @@ def line_chart(
             f"<title>{name}</title></polyline>"
         )
         if line.name:
-            note = html.escape(line.note or f"{line.y[-1]:.3g}")
+            note = html.escape(line.note)
             style = f"border-top: 3px {'dashed' if line.is_dashed else 'solid'} {line.color}"
             legend.append(f'<li><i style="{style}"></i>{name} <b>{note}</b></li>')
     label = html.escape(title)
@@ -132,6 +138,13 @@ def _ticks(low: float, high: float) -> list[float]:
         step *= 2.5 if f"{step:e}"[0] == "2" else 2
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _finite(line: Line) -> Line:
+    """A line without the points that a browser would end it at, and what its legend says."""
+    x, y = np.asarray(line.x, dtype=np.float64), np.asarray(line.y, dtype=np.float64)
+    chosen = np.isfinite(x) & np.isfinite(y)
+    return line._replace(x=x[chosen], y=y[chosen], note=line.note or f"{y[-1]:.3g}")
 
 
 def _thin(line: Line) -> tuple[NDArray[Any], NDArray[Any]]:
