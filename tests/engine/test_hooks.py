@@ -8,6 +8,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from freeanchor.engine import MatchingPictures, Trainer
+from matplotlib.figure import Figure
 
 
 @pytest.mark.parametrize("config", ["free_anchor", "faster_rcnn_free_anchor"])
@@ -55,6 +56,34 @@ def test_no_picture_of_a_batch_without_objects(cfg, storage):
     hook.trainer.run_step()
     hook.after_step()
     assert storage._vis_data == []
+
+
+def test_pictures_show_the_objects_of_the_training(cfg, storage, monkeypatch):
+    """INCLUSIVE_CORNERS moves their corners, once in both."""
+    cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS = True
+    model = build_model(cfg).train()
+    losses, trained, drawn = model.losses, [], []
+
+    def compute(*args):
+        trained.append(args[3][0].gt_boxes.tensor)
+        return losses(*args)
+
+    def draw(pixels, matchings):
+        drawn.append(matchings["now"].boxes)
+        return Figure()
+
+    monkeypatch.setattr(model, "losses", compute)
+    monkeypatch.setattr("freeanchor.engine.hooks.draw_matching", draw)
+    image = {"image": torch.zeros(3, 64, 64), "instances": instances([[8, 8, 40, 30]], [0])}
+    batch = [{**image, "resize_factors": (2.0, 2.0)}] * 2
+    hook = MatchingPictures(model, 1)
+    hook.trainer = SimpleTrainer(model, [batch], build_optimizer(cfg, model))
+    hook.trainer.iter = 0
+    hook.before_step()
+    hook.trainer.run_step()
+    hook.after_step()
+    assert trained[0].tolist() == [[8, 8, 39, 29]]
+    assert torch.equal(drawn[0], trained[0])
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,14 @@ def test_matching_whatever_the_augmentation(cfg, dataset, options):
         x, y, width, height = record["annotations"][0]["bbox"]
         box = torch.tensor([[x, y, x + width, y + height]], dtype=torch.float32)
         torch.testing.assert_close(matchings["model"].boxes, 2 * box)
+
+
+def test_matching_of_checkpoints_of_one_name(cfg, dataset, tmp_path):
+    """Those of two runs are both drawn."""
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    state = build_model(cfg).state_dict()
+    paths = [str(tmp_path / run / "model_final.pth") for run in ("one", "two")]
+    for path in paths:
+        write_checkpoint(path, state, {})
+    ((_, matchings),) = match_images(cfg, paths, DatasetCatalog.get(dataset[0])[:1])
+    assert list(matchings) == paths

@@ -35,7 +35,8 @@ class MatchingPictures(HookBase):
                 self._batch = inputs[0]
                 handle.remove()
 
-            handle = self.model.register_forward_pre_hook(keep)
+            # Before INCLUSIVE_CORNERS moves the objects, which `match_inputs` does by itself.
+            handle = self.model.register_forward_pre_hook(keep, prepend=True)
 
     def after_step(self) -> None:
         batch, self._batch = self._batch, []

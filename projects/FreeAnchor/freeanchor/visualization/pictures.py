@@ -50,7 +50,8 @@ def match_images(
 
     Returns:
         Per image, its pixels as the network sees them, (H, W, 3) uint8 RGB, and by the name of
-        each checkpoint the matching; none for an image without objects.
+        each checkpoint the matching; none for an image without objects. The name is the path where
+        two have the same.
 
     Raises:
         FileError: see :class:`freeanchor.checkpoint.Checkpointer`; or it has no bags.
@@ -68,11 +69,12 @@ def match_images(
     mapper, model = Mapper(**{**options, "recompute_boxes": False}), build_model(cfg).eval()
     images = [mapper(record) for record in records]
     found: list[dict[str, Matching]] = [{} for _ in images]
-    for checkpoint in checkpoints:
+    names = [Path(checkpoint).stem for checkpoint in checkpoints]
+    for name, checkpoint in zip(names if len({*names}) == len(names) else checkpoints, checkpoints):
         Checkpointer(model, cfg).load(checkpoint, checkpointables=[])
         for image, matchings in zip(images, found):
             if len(image.get("instances", ())):
-                (matchings[Path(checkpoint).stem],) = match_inputs(model, [image])
+                (matchings[name],) = match_inputs(model, [image])
     pixels = [convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT) for x in images]
     return list(zip(pixels, found))
 
