@@ -290,6 +290,17 @@ def test_yolo_line_without_a_name(yolo, tmp_path, file):
         data.import_yolo(yolo, tmp_path / "out.json")
 
 
+@pytest.mark.parametrize("file", ["classes.txt", "list.txt", "labels/train/a.txt"])
+def test_files_that_are_no_text_in_utf8(yolo, tmp_path, file):
+    """Each is named, whatever it is for."""
+    if file == "classes.txt":
+        (yolo / "data.yaml").unlink()
+    (yolo / file).write_bytes("café\n".encode("latin-1"))
+    split = str(yolo / file) if file == "list.txt" else None if file == "classes.txt" else "train"
+    with pytest.raises(DatasetError, match=f"{file} cannot be read"):
+        data.import_yolo(yolo, tmp_path / "out.json", split=split)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
@@ -360,5 +371,7 @@ def test_boxes_that_are_not_what_is_said(coco, tmp_path):
             main(["import", "--boxes", "normalised", path, str(tmp_path / "out.json")])
         assert sorted(tmp_path.iterdir()) == there
     assert (tmp_path / "out.json").read_text() == "of an import before"
+    with pytest.raises(SystemExit, match="--images and --split go with --from"):
+        main(["import", "--boxes", "xyxy", path, str(tmp_path / "out.json"), "--images", "x"])
     with pytest.raises(SystemExit, match="is the file that is to be read"):
         main(["import", "--boxes", "xyxy", path, path])

@@ -120,6 +120,8 @@ def _import(args: argparse.Namespace) -> None:
     from .data import import_boxes, import_voc, import_yolo
 
     if args.boxes:
+        if args.images or args.split:
+            raise FreeAnchorError("--images and --split go with --from, not with --boxes")
         import_boxes(args.source, args.out, args.boxes)
         print(f"Wrote {args.out}")
         return

@@ -8,11 +8,12 @@ from .coco import read_coco
 from .coco_file import CocoFile
 from .datasets import check_images, load_training_set, report_findings
 from .images import IMAGE_SUFFIXES, ImageReader, num_channels, read_image
-from .importing import import_voc, import_yolo
 from .mapper import Mapper
 from .masks import decode_mask, encode_mask
 from .readings import READINGS, import_boxes
 from .shapes import write_shapes
+from .voc import import_voc
+from .yolo import import_yolo
 
 __all__ = [
     "IMAGE_SUFFIXES",

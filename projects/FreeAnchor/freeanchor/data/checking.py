@@ -16,11 +16,11 @@ from ..evaluation import ASPECT_RATIOS, CROWDING, aspect_ratios, crowding
 from .anchors import best_anchor_iou, has_anchors, training_boxes
 from .coco import read_coco
 from .coco_file import CocoFile
+from .coco_writer import write_coco
 from .containers import read_json
 from .datasets import sum_up
 from .fields import refer
 from .images import ImageReader, ImageState
-from .readings import write_coco
 
 __all__ = ["check_dataset"]
 
@@ -131,11 +131,9 @@ def _write_clean(file: CocoFile, images: str, whole: NDArray[Any], out: Path) ->
     if out.exists() and os.path.samefile(file.path, out):
         raise DatasetError(f"--write {out} is the file that is checked: give another name")
     content = read_json(file.path)
-    known = {str(x): i for i, x in enumerate(file.image_ids)}
+    positions = refer([x["id"] for x in content["images"]], file.image_ids).tolist()
     entries = {}
-    for entry in content["images"]:
-        value = entry["id"]
-        i = known[str(int(value) if isinstance(value, float) else value)]
+    for i, entry in zip(positions, content["images"]):
         entries[i] = {
             **entry,
             "id": file.image_ids[i],

@@ -230,7 +230,7 @@ class _Annotations:
                 boxes[rows], broken[rows] = read_boxes(values)
                 crowd[rows] = self._read_crowd(start, chunk)
                 areas[rows] = read_numbers([x.get("area") for x in chunk])
-                if self.masks is not None and len(self.file.sizes):
+                if self.masks is not None:
                     sizes = self.file.sizes[images[rows]]
                     self.masks.add([x.get("segmentation") for x in chunk], sizes)
                 self._note_broken(start, values, broken[rows])

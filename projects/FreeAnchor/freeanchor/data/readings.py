@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from .containers import read_json
 from .fields import read_boxes, read_numbers, refer
 from .findings import show
 
-__all__ = ["READINGS", "import_boxes", "write_coco"]
+__all__ = ["READINGS", "import_boxes"]
 
 # What the four numbers of a box may be, besides x, y, width, height in pixels.
 READINGS = ("xyxy", "cxcywh", "normalised")
@@ -73,13 +72,3 @@ def import_boxes(source: Path, out: Path, readings: Sequence[str]) -> None:
         except DatasetError as e:
             reason = str(e).replace(str(f.name), str(source))
             raise DatasetError(f"read as {shorten(readings, ' and ')}, {reason}") from e
-
-
-def write_coco(out: Path, content: dict[str, Any]) -> None:
-    """Write a COCO file, as a whole or not at all.
-
-    Raises:
-        FileError: it cannot be written.
-    """
-    with replacing(out) as f:
-        f.write(json.dumps(content).encode())

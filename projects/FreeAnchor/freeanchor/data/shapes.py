@@ -6,7 +6,6 @@ seed gives the same bytes.
 """
 
 import colorsys
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as mask_api
 
 from ..errors import check_folder
+from .coco_writer import write_coco
+from .masks import encode_mask
 
 CLASSES = ("bar", "disc", "ring", "crescent")
 _SIZE = 256
@@ -106,19 +106,13 @@ def draw(rng: np.random.Generator) -> tuple[NDArray[Any], list[dict[str, Any]]]:
                 "category_id": CLASSES.index(name) + 1,
                 "bbox": [float(v) for v in box],
                 "area": float(mask.sum()),
-                "segmentation": _encode(mask),
+                "segmentation": encode_mask(mask),
             }
         )
         texture = _texture(rng, int(rng.integers(8, 40)), 0.9)
         image = image + (texture - image) * cover[..., None]
     image = image + 0.03 * rng.standard_normal(image.shape, dtype=np.float32)
     return (image.clip(0, 1) * 255).round().astype(np.uint8), objects
-
-
-def _encode(mask: NDArray[Any]) -> dict[str, Any]:
-    """COCO's run-length encoding of an (S, S) mask."""
-    encoded = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [_SIZE, _SIZE], "counts": encoded["counts"].decode()}
 
 
 def write_shapes(
@@ -157,4 +151,4 @@ def write_shapes(
             "annotations": annotations,
             "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
         }
-        (out_dir / f"{split}.json").write_text(json.dumps(content))
+        write_coco(out_dir / f"{split}.json", content)
