@@ -23,6 +23,8 @@ __all__ = [
     "is_two_stage",
     "merge_config",
     "merge_options",
+    "new_config",
+    "parse_config",
     "read_config",
     "scored_part",
     "trainer_options",
@@ -197,15 +199,28 @@ def is_unsafe_allowed() -> bool:
     return os.environ.get(_UNSAFE) == "1"
 
 
+def new_config() -> CfgNode:
+    """The defaults of Detectron2 and FreeAnchor."""
+    cfg: CfgNode = get_cfg()
+    add_freeanchor_config(cfg)
+    return cfg
+
+
 def read_config(path: str | Path) -> CfgNode:
     """Read a config file on top of the defaults of Detectron2 and FreeAnchor.
 
     Raises:
         FileError: see :func:`merge_config`.
     """
-    cfg = get_cfg()
-    add_freeanchor_config(cfg)
+    cfg = new_config()
     merge_config(cfg, path)
+    return cfg
+
+
+def parse_config(text: str) -> CfgNode:
+    """The config that `cfg.dump()` wrote."""
+    cfg = new_config()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
     return cfg
 
 

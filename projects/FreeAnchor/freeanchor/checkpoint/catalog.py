@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from detectron2.utils.file_io import PathHandler, PathManager
+from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
 
 from ..errors import FileError
 from .convert import convert
 from .files import find, read_checkpoint, write_checkpoint
+from .packages import Handler
 
 __all__ = ["CHECKPOINTS", "MMDetHandler"]
 
@@ -37,13 +38,10 @@ CHECKPOINTS = {
 _REVISION = 1
 
 
-class MMDetHandler(PathHandler):
+class MMDetHandler(Handler):
     """Resolves mmdet://NAME to a local file in Detectron2's format."""
 
     PREFIX = "mmdet://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         name = path.removeprefix(self.PREFIX)
@@ -60,9 +58,6 @@ class MMDetHandler(PathHandler):
                     raise FileError(f"{downloaded} is not in a format of MMDetection")
                 write_checkpoint(converted, result.weights, result.config)
         return str(converted)
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
-        return PathManager.open(self._get_local_path(path), mode, buffering, **kwargs)
 
 
 def _check_hash(path: str) -> None:

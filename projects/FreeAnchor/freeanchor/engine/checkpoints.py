@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from types import FrameType
@@ -17,6 +16,7 @@ from detectron2.utils import comm
 from ..checkpoint import Checkpointer
 from ..checkpoint.run_folder import keep_newest
 from ..errors import FileError, FreeAnchorError
+from .processes import answering
 from .random_state import random_state
 from .step import Request, TrainStep
 
@@ -24,7 +24,6 @@ __all__ = ["BestCheckpointer", "Checkpoints", "check_best_metric", "has_best"]
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SECONDS_PER_MINUTE = 60
 _SECONDS_OF_ONE_SIGNAL = 1
 
@@ -78,17 +77,9 @@ class Checkpoints(HookBase):
         if request > Request.STOP:
             self._exit(request - Request.STOP)
 
-    @contextlib.contextmanager
-    def answering_signals(self) -> Iterator[None]:
+    def answering_signals(self) -> contextlib.AbstractContextManager[None]:
         """Answer signals within: the whole training, with its last evaluation."""
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers = {x: signal.signal(x, self._on_signal) for x in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        return answering(self._on_signal)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_argument_parser
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -19,10 +18,10 @@ from ..checkpoint import find, read_class_names, replacing
 from ..checkpoint.run_folder import BEST, LAST, checkpoints_in, last_checkpoint
 from ..command_line import add_dataset_argument, number
 from ..config import (
-    add_freeanchor_config,
     is_two_stage,
     merge_config,
     merge_options,
+    new_config,
     read_config,
 )
 from ..data import (
@@ -35,6 +34,7 @@ from ..data import (
     resolve_classes,
 )
 from ..errors import FileError, FreeAnchorError, check_folder
+from ..modeling import is_one_stage
 from ..modeling.backbone import check_deformable
 from ..modeling.precision import choose_precision
 from ..values import check_values
@@ -78,8 +78,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     """
     if not os.path.isfile(args.config_file):
         raise FreeAnchorError(f"--config-file: there is no file {args.config_file!r}")
-    cfg = get_cfg()
-    add_freeanchor_config(cfg)
+    cfg = new_config()
     for part in (cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
         part.NUM_CLASSES = NUM_CLASSES_FROM_DATA
     merge_config(cfg, args.config_file)
@@ -185,22 +184,18 @@ def _check_pixels(cfg: CfgNode) -> None:
 
 def _check_stages(cfg: CfgNode) -> None:
     """Refuse what a model of one stage, or of two, does not have."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    is_one_stage = name in META_ARCH_REGISTRY and issubclass(
-        META_ARCH_REGISTRY.get(name), RetinaNet
-    )
-    test = cfg.TEST
+    test, one_stage = cfg.TEST, is_one_stage(cfg)
     # Architectures of the user's own are neither, and may have masks.
     for kind, key, is_wrong in (
-        ("two stages", "MODEL.MASK_ON", cfg.MODEL.MASK_ON and is_one_stage),
+        ("two stages", "MODEL.MASK_ON", cfg.MODEL.MASK_ON and one_stage),
         ("two stages", "TEST.PROPOSAL_RECALL", test.PROPOSAL_RECALL and not is_two_stage(cfg)),
-        ("one stage", "TEST.NMS_RECALL", test.NMS_RECALL and not is_one_stage),
-        ("one stage", "TEST.AUG.ENABLED", test.AUG.ENABLED and not is_one_stage),
+        ("one stage", "TEST.NMS_RECALL", test.NMS_RECALL and not one_stage),
+        ("one stage", "TEST.AUG.ENABLED", test.AUG.ENABLED and not one_stage),
     ):
         if is_wrong:
             raise FreeAnchorError(
-                f"{key} is of models with {kind}, and MODEL.META_ARCHITECTURE is {name}: leave it "
-                "out, or take another config"
+                f"{key} is of models with {kind}, and MODEL.META_ARCHITECTURE is "
+                f"{cfg.MODEL.META_ARCHITECTURE}: leave it out, or take another config"
             )
 
 

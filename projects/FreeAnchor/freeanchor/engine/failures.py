@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import replacing
 from ..errors import FileError, FreeAnchorError, LoaderError, shorten
+from ..modeling import without_ddp
 
 __all__ = ["NonFiniteReport", "explained", "explained_silence"]
 
@@ -163,9 +164,8 @@ class NonFiniteReport:
         step = self.step
         name = f"non_finite_{step.iter:07d}_{comm.get_rank()}.pth"
         path = os.path.join(step.cfg.OUTPUT_DIR, name)
-        model = getattr(step.model, "module", step.model)
         content = {
-            "model": model.state_dict(),
+            "model": without_ddp(step.model).state_dict(),
             "batch": [_to_plain(x) for x in self.batch],
             "config": step.cfg.dump(),
             "iteration": step.iter,

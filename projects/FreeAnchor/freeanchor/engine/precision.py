@@ -16,9 +16,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 
-from ..errors import FreeAnchorError
 from ..modeling.optimize import use_contiguous_group_norm
-from ..modeling.precision import choose_precision
+from ..modeling.precision import choose_precision, is_channels_last
 
 __all__ = ["autocast", "inference_autocast", "optimize"]
 
@@ -124,11 +123,6 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         FreeAnchorError: `MODEL.MEMORY_FORMAT` is unknown.
     """
-    wanted = cfg.MODEL.MEMORY_FORMAT
-    if wanted not in ("auto", "contiguous", "channels_last"):
-        raise FreeAnchorError(
-            f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {wanted!r}"
-        )
     for module in model.modules():
         if type(module) is ROIAlign:
             module.__class__ = _Float32ROIAlign
@@ -141,9 +135,8 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
             if isinstance(module, nn.Conv2d):
                 kind = type(module)
                 module.__class__ = type(kind.__name__, (_Bfloat16Conv2d, kind), {})
-    if wanted == "auto":
-        wanted = "channels_last" if is_bfloat16_on_cpu else "contiguous"
-    if wanted == "channels_last":
+    channels_last = is_channels_last(cfg, is_bfloat16_on_cpu)
+    if channels_last:
         use_contiguous_group_norm(model)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.MODEL.COMPILE:
@@ -152,6 +145,6 @@ def optimize(cfg: CfgNode, model: nn.Module) -> None:
                 getattr(model, name).compile()
     logger.info(
         f"Convolutions in {str(precision.dtype).removeprefix('torch.')}, as {precision.reason}; "
-        f"memory format {wanted}{', compiled' if cfg.MODEL.COMPILE else ''}; weights and losses in "
-        "float32"
+        f"memory format {'channels_last' if channels_last else 'contiguous'}"
+        f"{', compiled' if cfg.MODEL.COMPILE else ''}; weights and losses in float32"
     )

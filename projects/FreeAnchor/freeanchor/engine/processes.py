@@ -4,7 +4,9 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -16,10 +18,23 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from ..errors import FreeAnchorError
 
-__all__ = ["adopt_slurm", "is_placed", "join_others", "spawn", "was_restarted"]
+__all__ = ["adopt_slurm", "answering", "is_placed", "join_others", "spawn", "was_restarted"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
+
+
+@contextmanager
+def answering(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Answer the signals that end a run, within; other threads than the main one get none."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {x: signal.signal(x, handler) for x in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def is_placed() -> bool:
@@ -124,15 +139,12 @@ def spawn(run: Callable[..., Any], args: Any) -> None:
             if pid is not None:
                 os.kill(pid, number)
 
-    handlers = {x: signal.signal(x, pass_on) for x in _SIGNALS}
     try:
-        while not context.join():
-            pass
+        with answering(pass_on):
+            while not context.join():
+                pass
     except ProcessExitedException as e:
         raise SystemExit(e.exit_code) from e
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _placed(local_rank: int, run: Callable[..., Any], args: Any, dist_url: str) -> None:

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from ..checkpoint import read_checkpoint
-from ..config import add_freeanchor_config
+from ..config import parse_config
 from ..errors import FileError
 from .precision import autocast, optimize
 
@@ -35,9 +33,7 @@ def replay(path: Path) -> str:
     content = read_checkpoint(str(path))
     if not {"model", "batch", "config", "iteration"} <= content.keys():
         raise FileError(f"{path} is not a training step that was saved (non_finite_*.pth)")
-    cfg = get_cfg()
-    add_freeanchor_config(cfg)
-    cfg.merge_from_other_cfg(type(cfg)(yaml.safe_load(content["config"])))
+    cfg = parse_config(content["config"])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).train()

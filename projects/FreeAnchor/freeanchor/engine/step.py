@@ -18,20 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling import BagDetector
+from ..modeling import BagDetector, without_ddp
 from ..modeling.precision import choose_precision
 from .failures import NonFiniteReport, explained
 from .precision import autocast
 
-__all__ = ["Request", "TrainStep", "without_ddp"]
+__all__ = ["Request", "TrainStep"]
 
 # Below, float16 has no room for gradients: it is not the scale that is wrong.
 _SMALLEST_SCALE = 1.0
-
-
-def without_ddp(model: nn.Module) -> nn.Module:
-    """The model itself, if it is in DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class Request(IntEnum):

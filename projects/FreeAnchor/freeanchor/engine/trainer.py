@@ -25,7 +25,7 @@ from ..evaluation import (
     ProposalRecallEvaluator,
     box_metrics,
 )
-from ..modeling import BagDetector, MultiScaleTest, has_bags
+from ..modeling import BagDetector, MultiScaleTest, has_bags, without_ddp
 from ..paths import file_stem
 from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
@@ -38,7 +38,7 @@ from .optimizer import build_optimizer
 from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
 from .results import keep_figures, keep_thresholds, verify
-from .step import Request, TrainStep, without_ddp
+from .step import Request, TrainStep
 
 __all__ = ["Trainer"]
 

@@ -4,17 +4,19 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.layers import batched_nms
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from torch import Tensor, nn
 
 from ..modeling import candidates, dense_detector
+from .outcomes import truth_rows
 
 __all__ = ["NMSRecallEvaluator"]
 
@@ -119,12 +121,6 @@ class NMSRecallEvaluator(DatasetEvaluator):
 
 
 def _objects(record: dict[str, Any]) -> Boxes:
-    return Boxes(
-        torch.tensor(
-            [
-                BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS)
-                for x in record.get("annotations", ())
-                if not x.get("iscrowd")
-            ]
-        ).reshape(-1, 4)
-    )
+    rows = truth_rows(record)
+    rows = np.zeros((0, 6)) if rows is None else rows
+    return Boxes(rows[rows[:, 5] == 0, :4])

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as mask_api
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -48,12 +49,7 @@ def best_matches(objects: NDArray[Any], boxes: NDArray[Any]) -> NDArray[Any]:
 
 def _iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     """(M, N) IoU of (M, 4) and (N, 4) boxes, x y width height."""
-    start = np.maximum(a[:, None, :2], b[None, :, :2])
-    end = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None])
-    intersection = np.clip(end - start, 0, None).prod(axis=2)
-    union = a[:, 2:].prod(axis=1)[:, None] + b[:, 2:].prod(axis=1)[None] - intersection
-    iou: NDArray[Any] = intersection / np.maximum(union, np.finfo(np.float64).tiny)
-    return iou
+    return np.asarray(mask_api.iou(a, b, [0] * len(b)), dtype=np.float64).reshape(len(a), len(b))
 
 
 def _boxes(records: list[dict[str, Any]]) -> NDArray[Any]:

@@ -11,9 +11,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import FreeAnchorError
+from ..modeling import without_ddp
 from .parts import ASPECT_RATIOS, CROWDING, aspect_ratios, best_matches, crowding
 from .truth import read_truth
 
@@ -45,7 +45,7 @@ class ProposalRecallEvaluator(DatasetEvaluator):
         Raises:
             FreeAnchorError: it is another one.
         """
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = without_ddp(model)
         if not isinstance(model, GeneralizedRCNN):
             raise FreeAnchorError(
                 f"TEST.PROPOSAL_RECALL is of two-stage models: {type(model).__name__} has no "

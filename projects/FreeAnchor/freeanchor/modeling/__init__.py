@@ -4,9 +4,10 @@ from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
 from .bag_detector import BagDetector, box_coding
 from .bags import Matching
-from .inference import candidates, dense_detector, detect
+from .inference import candidates, detect
+from .kinds import dense_detector, has_bags, is_one_stage, without_ddp
 from .ltm import LTM
-from .match import has_bags, match_inputs
+from .match import match_inputs
 from .meta_arch import FreeAnchor
 from .optimize import choose_device, fold_batch_norm, inference_settings, optimize_inference
 from .proposals import FreeAnchorRPN
@@ -32,6 +33,8 @@ __all__ = [
     "fold_batch_norm",
     "has_bags",
     "inference_settings",
+    "is_one_stage",
     "match_inputs",
     "optimize_inference",
+    "without_ddp",
 ]

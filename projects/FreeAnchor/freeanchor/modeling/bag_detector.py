@@ -37,6 +37,11 @@ from .normalizer import Normalizer
 __all__ = ["BagDetector", "box_coding"]
 
 _FIRST_LOGGED = "freeanchor/objects_per_image"
+# Keys of MODEL.FREEANCHOR that are arguments of the same names.
+_OPTIONS = (
+    *("PRE_ANCHOR_TOPK", "BBOX_THRESHOLD", "BBOX_REG_WEIGHT"),
+    *("INCLUSIVE_CORNERS", "IGNORE_REGIONS", "NORMALIZER"),
+)
 # As Detectron2's RetinaNet assigns anchors.
 _RETINANET_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
 
@@ -131,14 +136,8 @@ class BagDetector(RetinaNet):
                 "build_freeanchor_resnet_fpn_backbone"
             )
         ret["anchor_matcher"] = None  # objects choose their anchors, no IoU rule does
-        ret["pre_anchor_topk"] = cfg.MODEL.FREEANCHOR.PRE_ANCHOR_TOPK
-        ret["bbox_threshold"] = cfg.MODEL.FREEANCHOR.BBOX_THRESHOLD
-        ret["bbox_reg_weight"] = cfg.MODEL.FREEANCHOR.BBOX_REG_WEIGHT
-        ret["inclusive_corners"] = cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS
-        ret["ignore_regions"] = cfg.MODEL.FREEANCHOR.IGNORE_REGIONS
         ret["config"] = cfg.clone()
-        ret["normalizer"] = cfg.MODEL.FREEANCHOR.NORMALIZER
-        return ret
+        return {**ret, **{name.lower(): keys[name] for name in _OPTIONS}}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         if self.training:

@@ -11,28 +11,14 @@ import torch
 from detectron2.layers import batched_nms
 from detectron2.modeling import RetinaNet
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from .anchors import generate_anchors
 
-__all__ = ["candidates", "dense_detector", "detect"]
+__all__ = ["candidates", "detect"]
 
 # Logits in a block. Larger ones make the first pass a little faster and the second one slower.
 _BLOCK = 128
-
-
-def dense_detector(model: nn.Module) -> RetinaNet:
-    """The RetinaNet or FreeAnchor that a model is, possibly in DistributedDataParallel.
-
-    Raises:
-        TypeError: it is another one.
-    """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    if not isinstance(model, RetinaNet):
-        raise TypeError(f"{type(model).__name__} is not a RetinaNet or FreeAnchor")
-    return model
 
 
 def detect(

@@ -3,26 +3,15 @@
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from ..config import is_two_stage
 from .anchors import generate_anchors
 from .bag_detector import BagDetector
 from .bags import Matching
 from .inclusive_corners import shift_objects
 from .proposals import of_one_class
 
-__all__ = ["has_bags", "match_inputs"]
-
-
-def has_bags(cfg: CfgNode) -> bool:
-    """Whether the model of a config, or its first stage, is a :class:`BagDetector`."""
-    if is_two_stage(cfg):
-        return bool(cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FreeAnchorRPN")
-    name = cfg.MODEL.META_ARCHITECTURE
-    return name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), BagDetector)
+__all__ = ["match_inputs"]
 
 
 @torch.no_grad()
@@ -30,7 +19,8 @@ def match_inputs(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> list
     """Match the objects of images, see :meth:`BagDetector.match`.
 
     Args:
-        model: of a config that :func:`has_bags`. A first stage matches whatever the class.
+        model: of a config that :func:`freeanchor.modeling.has_bags`. A first stage matches whatever
+            the class.
         batched_inputs: images with objects, as training gets them.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import FreeAnchorError
-from .precision import choose_precision
+from .precision import choose_precision, is_channels_last
 
 __all__ = [
     "InferenceSettings",
@@ -63,14 +63,8 @@ def inference_settings(cfg: CfgNode) -> InferenceSettings:
         FreeAnchorError: a value is unknown, or the device cannot have it.
     """
     is_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    layout = cfg.MODEL.MEMORY_FORMAT
-    if layout not in ("auto", "contiguous", "channels_last"):
-        raise FreeAnchorError(
-            f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {layout!r}"
-        )
     dtype = choose_precision(cfg, cfg.TEST.AMP.ENABLED).dtype
-    channels_last = is_cpu if layout == "auto" else layout == "channels_last"
-    return InferenceSettings(dtype, channels_last, cfg.MODEL.COMPILE)
+    return InferenceSettings(dtype, is_channels_last(cfg, is_cpu), cfg.MODEL.COMPILE)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The dtype of convolutions, by the keys of the config and what the device can do."""
+"""Dtype and memory layout of convolutions, by the keys of the config and the device."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from ..errors import FreeAnchorError
 
-__all__ = ["Precision", "bfloat16_instructions", "choose_precision"]
+__all__ = ["Precision", "bfloat16_instructions", "choose_precision", "is_channels_last"]
 
 
 class Precision(NamedTuple):
@@ -72,3 +72,21 @@ def _choose_on_cpu(wanted: str) -> Precision:
             "SOLVER.AMP.PRECISION says; slow, as the CPU has neither AMX nor AVX512-BF16",
         )
     return Precision(torch.float32, "the CPU has neither AMX nor AVX512-BF16")
+
+
+def is_channels_last(cfg: CfgNode, automatic: bool) -> bool:
+    """Whether images and weights are to be NHWC in memory, by `MODEL.MEMORY_FORMAT`.
+
+    Args:
+        cfg: config of the run.
+        automatic: what "auto" stands for.
+
+    Raises:
+        FreeAnchorError: the key has an unknown value.
+    """
+    wanted = cfg.MODEL.MEMORY_FORMAT
+    if wanted not in ("auto", "contiguous", "channels_last"):
+        raise FreeAnchorError(
+            f"MODEL.MEMORY_FORMAT must be auto, contiguous or channels_last, got {wanted!r}"
+        )
+    return automatic if wanted == "auto" else wanted == "channels_last"

@@ -15,7 +15,8 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from .inclusive_corners import inclusive_shift
-from .inference import candidates, dense_detector
+from .inference import candidates
+from .kinds import dense_detector
 
 __all__ = ["MultiScaleTest"]
 
