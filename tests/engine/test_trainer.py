@@ -18,7 +18,8 @@ from tiny_run import TINY_MODEL
 @pytest.fixture
 def script(cfg, coco, tmp_path):
     """The config of a script whose data sets Detectron2 has registered; classes in two orders."""
-    triples = [coco(), coco("val", category_ids=(30, 10, 20))]
+    flat = {"bbox": [5, 5, 0, 9], "area": 0}
+    triples = [coco(), coco("val", category_ids=(30, 10, 20), annotations=[flat])]
     path = Path(triples[1][1])
     content = json.loads(path.read_text())
     content["categories"] = [{"id": 10 * i, "name": f"class {4 - i}"} for i in (1, 2, 3)]
@@ -31,16 +32,17 @@ def script(cfg, coco, tmp_path):
     return cfg
 
 
-def test_script(script, images):
+def test_script(script, images, caplog):
     """It trains as train_net.py does: classes by name, a folder that all commands take."""
     script.MODEL.RETINANET.NUM_CLASSES = 0
     trainer = Trainer(script)
+    assert [x for x in caplog.messages if "val.json" in x and "no area" in x]
     names = ["class 1", "class 2", "class 3"]
     assert MetadataCatalog.get("train").thing_classes == names
     assert MetadataCatalog.get("val").thing_classes == names
     content = json.loads(Path(MetadataCatalog.get("val").json_file).read_text())
     own = {x["id"]: x["name"] for x in content["categories"]}
-    expected = [own[x["category_id"]] for x in content["annotations"]]
+    expected = [own[x["category_id"]] for x in content["annotations"] if x["area"]]
     records = [x["annotations"] for x in DatasetCatalog.get("val")]
     assert [names[x["category_id"]] for (x,) in records] == expected
     trainer.resume_or_load(resume=False)

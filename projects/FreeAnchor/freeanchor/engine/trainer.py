@@ -17,7 +17,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import Checkpointer, checksum
-from ..data import ImageReader, Mapper, load_training_set, resolve_classes
+from ..data import ImageReader, Mapper, load_training_set, report_findings, resolve_classes
 from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..evaluation import (
     BoxEvaluator,
@@ -70,8 +70,11 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = cfg.clone()
         cfg.defrost()
-        resolve_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+        resolve_classes(cfg, names)
         cfg.freeze()
+        if comm.is_main_process():
+            report_findings(names)
         check_config(cfg, training=True)
         self._unscaled = cfg
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
