@@ -160,9 +160,6 @@ def trainer_options(cfg: CfgNode) -> list[str]:
         Those of the keys that :func:`add_freeanchor_config` adds outside of the model that have
         other values than its own, and `IGNORE_REGIONS`, which is of the model and of the data.
     """
-    theirs = get_cfg()
-    ours = theirs.clone()
-    add_freeanchor_config(ours)
     found = []
 
     def compare(ours: CfgNode, theirs: CfgNode, cfg: CfgNode, name: str) -> None:
@@ -173,6 +170,7 @@ def trainer_options(cfg: CfgNode) -> list[str]:
             elif isinstance(value, CfgNode):
                 compare(value, theirs[key], cfg[key], f"{name}.{key}")
 
+    ours, theirs = new_config(), get_cfg()
     for part in ("INPUT", "DATALOADER", "SOLVER", "TEST"):
         compare(ours[part], theirs[part], cfg[part], part)
     if cfg.MODEL.FREEANCHOR.IGNORE_REGIONS:
