@@ -127,6 +127,9 @@ def test_what_cannot_be_used(coco, value, problem, caplog):
     data.register_datasets([(name, *paths)], masks=True)
     with caplog.at_level(logging.WARNING, "freeanchor"):
         data.report_findings([name])
+    _, *crowd = coco("crowd", annotations=[good, {**bad, "iscrowd": 1}], num_images=1)
+    lines = data.read_coco(*crowd, masks=True).findings.lines()
+    assert any("crowds have their box for a mask" in x for x in lines) == (problem != "is missing")
     assert f"objects are left out, whose `segmentation` {problem}" in caplog.text
     assert len(DatasetCatalog.get(name)[0]["annotations"]) == 3
     _, *paths = coco("worse", annotations=[bad] * 3, num_images=1)

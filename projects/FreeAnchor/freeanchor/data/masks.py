@@ -203,7 +203,12 @@ class MaskColumn:
                 x, y, width, height = boxes[i].tolist()
                 right, bottom = x + width, y + height
                 self.masks[i] = [np.array([x, y, right, y, right, bottom, x, bottom])]
-                self._problems[i] = ""
+                problem, self._problems[i] = self._problems[i], ""
+                findings.add(
+                    f"crowds have their box for a mask, as their `segmentation` {problem}",
+                    int(problem != _MISSING),
+                    lambda i=i: name(i),  # type: ignore[misc]
+                )
         problems = np.array(self._problems, dtype=object)
         objects = is_wanted & ~crowd.astype(bool)
         unusable = objects & (problems != "")
