@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, quick_cfg
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -341,6 +341,24 @@ def test_default_predictor_on_half_a_model(cfg, model, tmp_path):
     with pytest.raises(FileError, match=r"backbone\.pth are not of this model.*head"):
         predictor(cfg, tmp_path / "backbone.pth")
     DetectionCheckpointer(model.train()).load(str(tmp_path / "backbone.pth"))
+
+
+def test_masks_switched_off(tmp_path, caplog):
+    """A model that finds masks is evaluated without them too; its training goes on with them."""
+    cfg = quick_cfg("quick/mask_rcnn_free_anchor_R_18_FPN.yaml")
+    path, state = saved(tmp_path, cfg)
+    cfg, model = build(cfg, "MODEL.MASK_ON", False)
+    with caplog.at_level(logging.WARNING):
+        Checkpointer(model, cfg).load(path)
+    assert loaded_names(model, state) == model.state_dict().keys()
+    assert "but not in the model: roi_heads.mask_head.mask_fcn1.weight" in caplog.text
+    with pytest.raises(FileError, match=r"not in the model: roi_heads\.mask_head"):
+        Checkpointer(model, cfg, trainer=nn.Module()).load(path)  # of --resume
+    cfg, model = build(cfg, "MODEL.MASK_ON", True)
+    boxes = {k: v for k, v in state.items() if "mask" not in k}
+    write_checkpoint(tmp_path / "boxes.pth", boxes, {})
+    with pytest.raises(FileError, match=r"missing: roi_heads\.mask_head"):
+        Checkpointer(model, cfg).load(str(tmp_path / "boxes.pth"))
 
 
 @pytest.mark.parametrize("name", ["free_anchor", "faster_rcnn_free_anchor"])

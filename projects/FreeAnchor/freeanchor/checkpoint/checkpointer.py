@@ -41,6 +41,7 @@ _PREDICTOR = re.compile(
 # Of batch norm: what Caffe2's weights have in the weight and bias instead.
 _STATISTICS = (".running_mean", ".running_var")
 _PIXELS = ("pixel_mean", "pixel_std")
+_MASK_HEAD = "roi_heads.mask_head."
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
@@ -298,7 +299,10 @@ class Checkpointer(DetectionCheckpointer):
                 "not in the model": [k for k in surplus if _RESNET_TENSOR.search(k)],
             }
         else:
-            problems["not in the model"] = surplus
+            # A model that finds masks finds boxes without that head.
+            is_boxes_alone = self._is_result and self.cfg and not self.cfg.MODEL.MASK_ON
+            needless = _MASK_HEAD if is_boxes_alone else ()
+            problems["not in the model"] = [k for k in surplus if not k.startswith(needless)]
         if any(problems.values()):
             raise FileError(
                 f"The weights {self.path} are not of this model: they fill "

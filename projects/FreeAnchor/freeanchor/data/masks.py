@@ -222,7 +222,7 @@ class MaskColumn:
             raise DatasetError(
                 f"{int(unusable.sum())} of {int(objects.sum())} objects have no `segmentation` "
                 f"that can be used (of {name(int(those[0]))} it {kind}), and MODEL.MASK_ON needs "
-                "them: correct them, or use a config without masks"
+                "them: correct them, or set MODEL.MASK_ON False, for boxes alone"
             )
         for kind, those in kinds.items():
             findings.add(
