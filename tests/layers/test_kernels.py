@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from freeanchor.layers import levels as pyramid
 from freeanchor.layers import losses, matching, ops
 from freeanchor.layers.matching import Objects
 from hypothesis import given
@@ -172,7 +173,7 @@ def test_take_and_put_of_any_levels(data, device):
     source = torch.randn(index.shape, generator=random, dtype=compute)
     changed = to(device, [level.clone() for level in levels])
     torch.ops.freeanchor.put_(changed, *to(device, (index, source)))
-    matching.put_(levels, index, source)
+    pyramid.put_(levels, index, source)
     for level, expected in zip(to("cpu", changed), levels):
         torch.testing.assert_close(level, expected, rtol=1e-6 if compute == dtype else 0, atol=0)
 

@@ -10,13 +10,9 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
-import torch
-from detectron2.structures import Boxes, Instances
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -31,9 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..data import ImageReader, num_channels
 from ..errors import FreeAnchorError
-from ..modeling import has_bags, match_inputs
+from ..modeling import has_bags
 from ..visualization import VIEWER, make_page, read_asset
-from .outputs import encode_masks
+from .answers import Pixels, detect, find_bag
 from .predictor import Predictor
 from .uploads import ACCEPTED, Gate, Limits, RefusedError, decode_picture, read_body
 
@@ -42,7 +38,6 @@ __all__ = ["make_app"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Pixels = NDArray[np.uint8]
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _STUCK_SECONDS = 300
 # A form of another site may send these without asking first whether it may.
@@ -99,63 +94,6 @@ class _Metrics:
         )
         queue = Gauge("freeanchor_queue", "Requests that wait or run", registry=self.registry)
         queue.set_function(lambda: gate.waiting)
-
-
-def detect(predictor: Predictor, pixels: _Pixels) -> dict[str, Any]:
-    """The detections in (H, W, 3) BGR pixels, as the API gives them."""
-    (found,) = predictor([pixels])
-    boxes = found.pred_boxes.tensor.clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(boxes.tolist(), found.pred_classes.tolist(), found.scores.tolist())
-    masks = [{"segmentation": x} for x in encode_masks(found)] or [{}] * len(found)
-    return {
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
-        "detections": [
-            {
-                "category_id": label + 1,
-                "bbox": [round(x, 2) for x in box],
-                "score": round(score, 4),
-                **mask,
-            }
-            for (box, label, score), mask in zip(rows, masks, strict=True)
-        ],
-    }
-
-
-def find_bag(
-    predictor: Predictor, pixels: _Pixels, box: tuple[float, float, float, float], label: int
-) -> dict[str, Any]:
-    """The bag of an object in (H, W, 3) BGR pixels, as the API gives it.
-
-    Args:
-        predictor: of a model with bags.
-        pixels: the picture.
-        box: x, y, width and height of the object.
-        label: index of its class.
-    """
-    inputs = predictor.to_input(pixels)
-    height, width = inputs["image"].shape[1:]
-    scale = torch.tensor([width / pixels.shape[1], height / pixels.shape[0]] * 2)
-    x, y, w, h = box
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]) * scale)
-    instances.gt_classes = torch.tensor([label])
-    with predictor._lock:
-        (matching,) = match_inputs(predictor.model, [{**inputs, "instances": instances}])
-
-    def rows(anchors: torch.Tensor, values: torch.Tensor, name: str) -> list[dict[str, Any]]:
-        corners = anchors.cpu() / scale
-        corners[:, 2:] -= corners[:, :2]
-        return [
-            {"bbox": [round(c, 1) for c in corner], name: float(f"{value:.3g}")}
-            for corner, value in zip(corners.tolist(), values.tolist())
-        ]
-
-    return {
-        "bag": rows(matching.anchors[0], matching.prob[0], "prob"),
-        "assigned": rows(matching.assigned[0], matching.assigned_iou[0], "iou"),
-    }
 
 
 def _page() -> str:
@@ -275,7 +213,7 @@ def make_app(
     async def unknown(request: Request, e: HTTPException) -> Response:
         return await refuse(request, RefusedError(e.status_code, "http", str(e.detail)))
 
-    async def serve(request: Request, work: Callable[[_Pixels], _T]) -> _T:
+    async def serve(request: Request, work: Callable[[Pixels], _T]) -> _T:
         """Have a picture worked on, when it is its turn."""
         gate.check_rate(request.client.host if request.client else "")
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -361,7 +299,7 @@ def make_app(
             kind = predictor.cfg.MODEL.META_ARCHITECTURE
             raise RefusedError(404, "bags", f"The model is a {kind}, which has no bags")
 
-        def work(pixels: _Pixels) -> dict[str, Any]:
+        def work(pixels: Pixels) -> dict[str, Any]:
             rows, columns = pixels.shape[:2]
             if x < 0 or y < 0 or x + width > columns + 1 or y + height > rows + 1:
                 message = f"The box is not inside the picture of {columns} x {rows} pixels"

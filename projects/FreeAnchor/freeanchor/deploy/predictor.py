@@ -1,11 +1,8 @@
 """Detections in images, by a trained model."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +15,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from torch import nn
 
 from ..checkpoint import Checkpointer, describe_scores, find, read_thresholds
 from ..config import is_two_stage, merge_options, scored_part
@@ -34,6 +30,7 @@ from ..modeling import (
 from ..modeling.backbone import check_deformable
 from ..values import building, check_values
 from .checkpoints import class_names, find_checkpoint
+from .selection import Selection, detect_only
 
 __all__ = ["CONFIDENCE", "NONE_RECOMMENDED", "Predictor"]
 
@@ -117,9 +114,14 @@ class Predictor:
         with building("The model", cfg, "MODEL"):
             self.model = build_model(cfg).eval()
         Checkpointer(self.model, cfg).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-        self._set_thresholds(confidence, aug)
+        folder = Path(find(cfg.MODEL.WEIGHTS)).parent
+        self.recommended = read_thresholds(folder, self.model.state_dict())
+        self._selection = Selection(self.model, self._choose_scores(confidence, aug))
+        self.thresholds, self.confidence = self._selection.thresholds, self._selection.confidence
+        scored_part(cfg)[1].SCORE_THRESH_TEST = self.confidence
+        cfg.freeze()
         if classes:
-            self._detect_only(wanted)
+            detect_only(self.model, wanted, len(self.class_names))
         optimize_inference(self.model, *settings)
         self._run = MultiScaleTest(cfg, self.model) if aug else self.model
         # Detectron2's batch norm of heads counts the levels that it has seen.
@@ -220,38 +222,15 @@ class Predictor:
             groups.setdefault(tuple(-(-x // stride) for x in size), []).append(i)
         found: dict[int, Instances] = {}
         for group in groups.values():
-            with self._lock, self._unlimited():
+            with self._lock, self._selection.unlimited():
                 outputs = self._run([batch[i].input for i in group])
             for i, output in zip(group, outputs, strict=True):
-                found[i] = self._best(output["instances"].to("cpu"))
+                found[i] = self._selection.best(output["instances"].to("cpu"))
         return [found[i] for i in range(len(batch))]
 
-    def _best(self, found: Instances) -> Instances:
-        """Those above the thresholds of their classes, and no more than an image may have."""
-        of_class = self.thresholds.to(found.scores.device)[found.pred_classes]
-        return found[found.scores > of_class][: self._most]
-
-    @contextmanager
-    def _unlimited(self) -> Iterator[None]:
-        """Let a model have as many detections as it finds, where thresholds differ.
-
-        Those below the threshold of their class would take the places of others.
-        """
-        if bool((self.thresholds == self.confidence).all()):
-            yield
-            return
-        for part in self._scored_parts():
-            setattr(part, self._limit, sys.maxsize)
-        try:
-            yield
-        finally:
-            for part in self._scored_parts():
-                setattr(part, self._limit, self._most)
-
-    def _set_thresholds(self, confidence: float | None, aug: bool) -> None:
-        folder = Path(find(self.cfg.MODEL.WEIGHTS)).parent
+    def _choose_scores(self, confidence: float | None, aug: bool) -> list[float]:
+        """The thresholds of the classes."""
         self._scores: float | dict[str, float]
-        self.recommended = read_thresholds(folder, self.model.state_dict())
         known = self.recommended
         if confidence is not None:
             self._scores, self._reason = confidence, "as given"
@@ -262,26 +241,8 @@ class Predictor:
         else:
             self._scores = {x: known.classes.get(x, known.score) for x in self.class_names}
             self._reason = known.reason
-        of_class = (
-            [*self._scores.values()]
-            if isinstance(self._scores, dict)
-            else [self._scores] * len(self.class_names)
-        )
-        self.thresholds, self.confidence = torch.tensor(of_class), min(of_class)
-        self._limit = "max_detections_per_image"
-        if is_two_stage(self.cfg):
-            self._limit = "test_topk_per_image"
-            heads: Any = self.model.roi_heads
-            of_boxes = heads.forward_with_given_boxes  # masks, of those alone that are handed out
-            heads.forward_with_given_boxes = lambda features, found: of_boxes(
-                features, [self._best(x) for x in found]
-            )
-        for part in self._scored_parts():
-            part.test_score_thresh = self.confidence
-            most = getattr(part, self._limit)
-            self._most = most if most >= 0 else sys.maxsize  # as ROI heads have it
-        scored_part(self.cfg)[1].SCORE_THRESH_TEST = self.confidence
-        self.cfg.freeze()
+            return [*self._scores.values()]
+        return [self._scores] * len(self.class_names)
 
     def describe_thresholds(self) -> str:
         """A line that says which scores detections have, and why."""
@@ -296,35 +257,6 @@ class Predictor:
                 f"The model has no class {shorten(unknown)}, only {shorten(self.class_names)}"
             )
         return [names[str(x)] for x in classes]
-
-    def _scored_parts(self) -> list[Any]:
-        """What gives scores: the model, or the predictors of its ROI heads."""
-        if not is_two_stage(self.cfg):
-            return [self.model]
-        predictors: Any = self.model.roi_heads.box_predictor
-        return [*predictors] if isinstance(predictors, nn.ModuleList) else [predictors]
-
-    @torch.no_grad()
-    def _detect_only(self, classes: list[int]) -> None:
-        """Give all other classes score 0, so that they take no place among the detections."""
-        if is_two_stage(self.cfg):
-            for predictor in self._scored_parts():
-                # After the softmax: the scores of the chosen ones stay as they are.
-                probs: Any = predictor.predict_probs
-                predictor.predict_probs = partial(_probs_of, probs, classes)
-            return
-        bias = self.model.head.cls_score.bias.view(-1, len(self.class_names))
-        others = [i for i in range(len(self.class_names)) if i not in classes]
-        bias[:, others] = -torch.inf
-
-
-def _probs_of(predict: Callable[..., Any], classes: list[int], *args: Any) -> tuple[Any, ...]:
-    """What `predict_probs` of Detectron2's ROI heads gives, 0 for other classes than these."""
-    chosen = []
-    for probs in predict(*args):
-        index = torch.tensor(classes, device=probs.device)
-        chosen.append(torch.zeros_like(probs).index_copy(1, index, probs[:, index]))
-    return tuple(chosen)
 
 
 class _Read(NamedTuple):

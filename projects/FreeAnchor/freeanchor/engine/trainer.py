@@ -19,17 +19,11 @@ from torch import nn
 from ..checkpoint import Checkpointer, checksum
 from ..data import ImageReader, Mapper, load_training_set, report_findings, resolve_classes
 from ..errors import DatasetError, FreeAnchorError, LoaderError
-from ..evaluation import (
-    BoxEvaluator,
-    NMSRecallEvaluator,
-    ProposalRecallEvaluator,
-    box_metrics,
-)
 from ..modeling import BagDetector, MultiScaleTest, has_bags, without_ddp
-from ..paths import file_stem
 from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
 from .defaults import check_config, keep_config
+from .evaluators import best_metrics, build_evaluator, looking_into
 from .hooks import MatchingPictures
 from .learning import LearningCheck
 from .loader import TrainLoader
@@ -278,19 +272,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """Build what evaluates the detections in a data set; others are an override, as usual.
-
-        Args:
-            cfg: config of the run.
-            dataset_name: a registered data set.
-            output_folder: where its files go, by default `inference` in `OUTPUT_DIR`.
-        """
-        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return BoxEvaluator(
-            dataset_name,
-            output_dir=os.path.join(folder, file_stem(dataset_name)),
-            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
-        )
+        """Build what evaluates the detections in a data set; others are an override, as usual."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -302,7 +285,7 @@ class Trainer(DefaultTrainer):
         with inference_autocast(cfg, model):
             evaluators = [
                 DatasetEvaluators(
-                    [cls.build_evaluator(cfg, name), *_evaluators_of(model, cfg, name)]
+                    [cls.build_evaluator(cfg, name), *looking_into(model, cfg, name)]
                 )
                 for name in cfg.DATASETS.TEST
             ]
@@ -326,18 +309,7 @@ class Trainer(DefaultTrainer):
             keep_figures(cfg, results)
         return results
 
-    @classmethod
-    def metrics(cls, cfg: CfgNode) -> list[str]:
-        """What `TEST.BEST_METRIC` may be: of what :meth:`test` computes, what is best if high."""
-        found = box_metrics(cfg.MODEL.FREEANCHOR.CLASS_NAMES, cfg.MODEL.MASK_ON)
-        if cfg.TEST.AUG.ENABLED:
-            found += [x.replace("/", "_TTA/", 1) for x in found]
-        if cfg.TEST.NMS_RECALL:
-            limits = ("", *(round(100 * x) for x in NMSRecallEvaluator.IOU_THRESHS))
-            found += [f"nms_recall/NR{x}" for x in limits]
-        if cfg.TEST.PROPOSAL_RECALL:
-            found += [f"proposal_recall/AR@{x}" for x in ProposalRecallEvaluator.LIMITS]
-        return found
+    metrics = staticmethod(best_metrics)  # what TEST.BEST_METRIC may be
 
     def build_hooks(self) -> list[Any]:
         cfg, step = self.cfg, self._trainer
@@ -406,13 +378,3 @@ def _check_batch(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH {size} is no multiple of {processes} processes x "
             f"SOLVER.ACCUMULATION_STEPS {parts}: change one of them"
         )
-
-
-def _evaluators_of(model: nn.Module, cfg: CfgNode, dataset_name: str) -> list[DatasetEvaluator]:
-    """What looks into the model, as the config asks for."""
-    found: list[DatasetEvaluator] = []
-    if cfg.TEST.NMS_RECALL:
-        found.append(NMSRecallEvaluator(dataset_name, model))
-    if cfg.TEST.PROPOSAL_RECALL:
-        found.append(ProposalRecallEvaluator(dataset_name, model))
-    return found

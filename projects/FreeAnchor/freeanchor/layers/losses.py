@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matching import BoxCoding, Objects, box_prob, locate, take
+from .levels import locate, take
+from .matching import BoxCoding, Objects, box_prob
 
 # Elements per step of the dense sum: temporaries that stay in a CPU's cache, and few launches on
 # a GPU.

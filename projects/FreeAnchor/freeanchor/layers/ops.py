@@ -1,10 +1,11 @@
 """The operators of FreeAnchor: checks, dispatch, shapes and gradients.
 
-Each is a schema in the namespace `freeanchor`, with the readable function of `matching` or `losses`
-as its reference. The C++ and CUDA kernels of `csrc`, where they are built, take precedence. Shapes
-and dtypes are checked here; values by whoever reads them, the kernel or the reference. The kernels
-of CUDA do not wait for the device, so there the error of a bad value is raised by the first
-operator that is called after the device has met it. Until then they read nothing out of bounds.
+Each is a schema in the namespace `freeanchor`, with the readable function of `matching`, `levels`
+or `losses` as its reference. The C++ and CUDA kernels of `csrc`, where they are built, take
+precedence. Shapes and dtypes are checked here; values by whoever reads them, the kernel or the
+reference. The kernels of CUDA do not wait for the device, so there the error of a bad value is
+raised by the first operator that is called after the device has met it. Until then they read
+nothing out of bounds.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import levels as pyramid
 from . import losses, matching
 from .checks import (
     at_least_float32,
@@ -80,8 +82,8 @@ def _define(schema: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 _iou_topk = _define(
     "iou_topk(Tensor[] anchors, Tensor gt_boxes, int k) -> Tensor", matching.iou_topk
 )
-_take = _define("take(Tensor[] levels, Tensor index) -> Tensor", matching.take)
-_put_ = _define("put_(Tensor(a!)[] levels, Tensor index, Tensor source) -> ()", matching.put_)
+_take = _define("take(Tensor[] levels, Tensor index) -> Tensor", pyramid.take)
+_put_ = _define("put_(Tensor(a!)[] levels, Tensor index, Tensor source) -> ()", pyramid.put_)
 _negative_bag_loss = _define(
     "negative_bag_loss(Tensor[] logits, Tensor[] deltas, Tensor[] anchors, Tensor gt_boxes, "
     "Tensor gt_classes, Tensor gt_images, float[] coding, float threshold, float gamma, "
@@ -137,7 +139,7 @@ def box_prob(
 
 
 def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    """:func:`freeanchor.layers.matching.take` with a gradient.
+    """:func:`freeanchor.layers.levels.take` with a gradient.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or an index out of range.

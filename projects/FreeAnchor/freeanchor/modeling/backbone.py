@@ -14,7 +14,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
 from fvcore.nn.weight_init import c2_xavier_fill
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compat import HAS_COMPILED_OPS
@@ -25,6 +25,7 @@ __all__ = [
     "build_freeanchor_resnet_fpn_backbone",
     "build_top_block",
     "check_deformable",
+    "check_top_block",
 ]
 
 
@@ -100,6 +101,21 @@ def build_top_block(cfg: Any, bottom_up: Mapping[str, ShapeSpec]) -> TopBlock:
     in_channels = out_channels if in_feature == "p5" else bottom_up["res5"].channels
     norm = cfg.MODEL.FPN.NORM if keys.P6P7_NORM else ""
     return TopBlock(in_channels, out_channels, in_feature, keys.P7_RELU, norm)
+
+
+def check_top_block(cfg: Any, backbone: nn.Module) -> None:
+    """Refuse keys of P6 and P7 that a backbone ignores.
+
+    Raises:
+        ValueError: it is none of those that have them.
+    """
+    keys = cfg.MODEL.FREEANCHOR
+    is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU and not keys.P6P7_NORM
+    if not is_default and not isinstance(getattr(backbone, "top_block", None), TopBlock):
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} ignores MODEL.FREEANCHOR."
+            "P6_IN_FEATURE, P6P7_NORM and P7_RELU: set it to build_freeanchor_resnet_fpn_backbone"
+        )
 
 
 @BACKBONE_REGISTRY.register()

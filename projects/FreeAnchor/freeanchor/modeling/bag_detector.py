@@ -27,7 +27,7 @@ from ..layers.matching import (
 )
 from ..layers.regions import ignored_anchors, without_ignored
 from .anchors import RoundedAnchorGenerator, generate_anchors
-from .backbone import TopBlock
+from .backbone import check_top_block
 from .bags import BagLosses, Bags, Matching, Predictions
 from .host_and_device import DelayedScalars, to_device
 from .inclusive_corners import from_inclusive_corners, to_inclusive_corners
@@ -127,17 +127,10 @@ class BagDetector(RetinaNet):
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         ret: dict[str, Any] = super().from_config(cfg)
-        keys = cfg.MODEL.FREEANCHOR
-        is_default = keys.P6_IN_FEATURE == "res5" and keys.P7_RELU and not keys.P6P7_NORM
-        if not is_default and not isinstance(getattr(ret["backbone"], "top_block", None), TopBlock):
-            raise ValueError(
-                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} ignores MODEL.FREEANCHOR."
-                "P6_IN_FEATURE, P6P7_NORM and P7_RELU: set it to "
-                "build_freeanchor_resnet_fpn_backbone"
-            )
+        check_top_block(cfg, ret["backbone"])
         ret["anchor_matcher"] = None  # objects choose their anchors, no IoU rule does
         ret["config"] = cfg.clone()
-        return {**ret, **{name.lower(): keys[name] for name in _OPTIONS}}
+        return {**ret, **{name.lower(): cfg.MODEL.FREEANCHOR[name] for name in _OPTIONS}}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         if self.training:

@@ -2,7 +2,7 @@
 //
 // A level is (N, H, W, A, D) or (N, R_l, D) in any memory layout: N images, R_l = H * W * A anchors
 // and D numbers per anchor. The element of image n, anchor j (of all levels, the first level first)
-// and number d has the index (n * R + j) * D + d, as in matching.py.
+// and number d has the index (n * R + j) * D + d, as in levels.py.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// matching.take and matching.put_: elements of the levels, and their gradient.
+// levels.take and levels.put_: elements of the levels, and their gradient.
 #include <torch/library.h>
 
 #include <type_traits>
