@@ -284,9 +284,7 @@ class Trainer(DefaultTrainer):
         """
         with inference_autocast(cfg, model):
             evaluators = [
-                DatasetEvaluators(
-                    [cls.build_evaluator(cfg, name), *looking_into(model, cfg, name)]
-                )
+                DatasetEvaluators([cls.build_evaluator(cfg, name), *looking_into(model, cfg, name)])
                 for name in cfg.DATASETS.TEST
             ]
             results: dict[str, Any] = super().test(cfg, model, evaluators)
