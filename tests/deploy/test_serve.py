@@ -18,9 +18,12 @@ import pytest
 import torch
 import uvicorn
 from conftest import quick_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from freeanchor.__main__ import main
-from freeanchor.checkpoint import Thresholds
+from freeanchor.checkpoint import Thresholds, write_checkpoint
+from freeanchor.deploy import Predictor
+from freeanchor.deploy.answers import find_bag
 from freeanchor.deploy.app import make_app
 from freeanchor.deploy.serve import choose_token, serve
 from freeanchor.deploy.uploads import Gate, Limits, RefusedError
@@ -142,6 +145,18 @@ def test_bag_is_the_models(port, predictor):
         np.testing.assert_allclose([r["bbox"] for r in rows], corners, atol=0.1)
         np.testing.assert_allclose([r[name] for r in rows], values, rtol=0.01)
     assert len(answer["bag"]) == 50
+
+
+def test_bag_of_a_model_that_was_trained_on_crops(cfg, tmp_path):
+    """A picture here is whole, so INPUT.CROP of its training does not matter."""
+    cfg.MODEL.FREEANCHOR.INCLUSIVE_CORNERS, cfg.INPUT.MIN_SIZE_TEST = True, 128
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    write_checkpoint(cfg.MODEL.WEIGHTS, build_model(cfg).state_dict(), {})
+    bags = []
+    for cfg.INPUT.CROP.ENABLED in (False, True):
+        predictor = Predictor(cfg, device="cpu")
+        bags.append(find_bag(predictor, np.zeros((64, 64, 3), np.uint8), (5, 5, 20, 20), 0))
+    assert bags[0] == bags[1]
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,15 @@ def find_bag(
     """
     inputs = predictor.to_input(pixels)
     height, width = inputs["image"].shape[1:]
-    scale = torch.tensor([width / pixels.shape[1], height / pixels.shape[0]] * 2)
+    factors = width / pixels.shape[1], height / pixels.shape[0]
+    scale = torch.tensor(factors * 2)
     x, y, w, h = box
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]) * scale)
     instances.gt_classes = torch.tensor([label])
+    inputs |= {"instances": instances, "resize_factors": factors}
     with predictor._lock:
-        (matching,) = match_inputs(predictor.model, [{**inputs, "instances": instances}])
+        (matching,) = match_inputs(predictor.model, [inputs])
 
     def rows(anchors: torch.Tensor, values: torch.Tensor, name: str) -> list[dict[str, Any]]:
         corners = anchors.cpu() / scale
