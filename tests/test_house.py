@@ -143,16 +143,30 @@ def test_help_lists_the_commands(capsys):
         assert f"usage: freeanchor {command}" in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_nothing_heavy(tmp_path):
     """Neither PyTorch nor Detectron2, which take seconds."""
-    code = (
-        "import runpy, sys; sys.argv = ['freeanchor', '--help']\n"
-        "try: runpy.run_module('freeanchor', run_name='__main__')\n"
+    (tmp_path / "freeanchor").write_text(
+        "import sys\nfrom freeanchor.__main__ import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'freeanchor.command_line' in sys.modules\n"
         "assert not {'torch', 'detectron2', 'numpy'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(tmp_path / "freeanchor"), "--help"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_processes_of_the_command_line(tmp_path):
+    """Those that a command starts can import the package, though they have its arguments."""
+    (tmp_path / "freeanchor").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from freeanchor.__main__ import main\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn')) as pool:\n"
+        "        pool.submit(exec, 'import freeanchor.engine').result()\n"
+    )
+    subprocess.run([sys.executable, str(tmp_path / "freeanchor"), "check"], check=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ def _is_command_line() -> bool:
     """Whether this process is `freeanchor COMMAND`, which answers --help before heavy imports."""
     if sys.argv[0] == "-m":  # while Python looks for the module to run
         return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
-    return Path(sys.argv[0]).stem == __name__
+    # A process that a command has started was given the command's arguments, but not started by.
+    return Path(sys.argv[0]).stem == __name__ and sys.argv[0] in sys.orig_argv
 
 
 share_cores()  # before PyTorch is imported

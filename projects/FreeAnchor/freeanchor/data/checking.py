@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def _look_at_images(file: CocoFile, reader: ImageReader) -> list[ImageState]:
     count = min(len(os.sched_getaffinity(0)), 1 + len(records) // _PER_PROCESS)
     if count == 1:
         return [_look(x) for x in tqdm(work, desc="images", delay=1)]
-    with context.Pool(count) as pool:
-        found = pool.imap(_look, work, chunksize=16)
+    with ProcessPoolExecutor(count, context) as pool:  # ends where one of them does
+        found = pool.map(_look, work, chunksize=16)
         return list(tqdm(found, total=len(work), desc="images"))
 
 
