@@ -56,11 +56,13 @@ def test_turns():
 
 
 def test_refused(cfg):
-    """A config of RetinaNet has no opponent, and nothing cannot be measured."""
+    """RetinaNet is no opponent of itself, nor of two stages, and nothing cannot be measured."""
     with pytest.raises(FreeAnchorError, match="must be at least 1"):
         measure(cfg, Setting(1, (64, 64), runs=0))
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     with pytest.raises(FreeAnchorError, match="give one of FreeAnchor"):
         measure(cfg, Setting(1, (64, 64)))
+    with pytest.raises(SystemExit, match="the config has two stages"):
+        main(["benchmark", "quick/mask_rcnn_free_anchor_R_18_FPN.yaml"])
     with pytest.raises(SystemExit, match=r"nothing\.yaml is not in the model zoo"):
         main(["benchmark", "nothing.yaml"])

@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from ..config import parse_config
+from ..config import is_two_stage, parse_config
 from ..errors import FreeAnchorError
 from ..modeling.precision import choose_precision
 from .precision import inference_autocast
@@ -80,11 +80,14 @@ def benchmark(cfg: CfgNode, setting: Setting) -> dict[str, Figures]:
         The figures by the name of the meta-architecture: medians of alternating steps.
 
     Raises:
-        FreeAnchorError: the config is RetinaNet's own, or a number is not positive.
+        FreeAnchorError: the config is RetinaNet's own or of two stages, or a number is not
+            positive.
     """
     name = cfg.MODEL.META_ARCHITECTURE
     if name == _OPPONENT:
         raise FreeAnchorError(f"the config is {_OPPONENT}'s: give one of FreeAnchor")
+    if is_two_stage(cfg):
+        raise FreeAnchorError(f"the config has two stages: give one that {_OPPONENT} can have")
     if min(setting.images, *setting.size, setting.runs) < 1 or setting.objects < 0:
         raise FreeAnchorError("images, size and runs must be at least 1, and objects at least 0")
     names = (name, _OPPONENT)
