@@ -159,6 +159,53 @@ class _Guard:
         await app(scope, receive, send_on)
 
 
+class _Desk:
+    """Takes pictures in, and has them worked on one after another."""
+
+    def __init__(
+        self, gate: Gate, metrics: _Metrics, reader: ImageReader, is_ending: Callable[[], bool]
+    ) -> None:
+        self.gate, self.metrics, self.reader, self.is_ending = gate, metrics, reader, is_ending
+        self.worker = ThreadPoolExecutor(1, "model")
+
+    async def serve(self, request: Request, work: Callable[[Pixels], _T]) -> _T:
+        """Have the picture that is the body worked on, when it is its turn.
+
+        Raises:
+            RefusedError: it is not taken, or the work failed.
+        """
+        self.gate.check_rate(request.client.host if request.client else "")
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind in _SIMPLE_TYPES:
+            message = "Send the picture as the body, with Content-Type image/jpeg, png or webp"
+            raise RefusedError(415, "type", message)
+        start = time.monotonic()
+        async with self.gate.place():
+            content = await read_body(request.stream(), self.gate.limits)
+            async with self.gate.turn():
+                if self.is_ending():
+                    raise RefusedError(503, "ending", "The server is being shut down", 10)
+                if await request.is_disconnected():
+                    raise RefusedError(499, "left", "The client has left")
+                self.metrics.seconds.labels("wait").observe(time.monotonic() - start)
+                start = time.monotonic()
+                try:
+                    result = await asyncio.get_running_loop().run_in_executor(
+                        self.worker, lambda: work(self._decode(content))
+                    )
+                except RefusedError:
+                    raise
+                except Exception as e:
+                    logger.exception("A picture failed")
+                    message = "Something went wrong here, see the log of the server"
+                    raise RefusedError(500, "failed", message) from e
+                self.metrics.seconds.labels("work").observe(time.monotonic() - start)
+                return result
+
+    def _decode(self, content: bytes) -> Pixels:
+        return decode_picture(content, self.gate.limits.max_pixels, self.reader)
+
+
 def make_app(
     predictor: Predictor,
     score: float,
@@ -187,8 +234,8 @@ def make_app(
     app = FastAPI(title="FreeAnchor", docs_url=None, redoc_url=None, responses=_REFUSED)
     gate = Gate(limits)
     metrics = _Metrics(gate)
-    worker = ThreadPoolExecutor(1, "model")
     reader = replace(ImageReader.from_config(predictor.cfg), format="BGR")
+    desk = _Desk(gate, metrics, reader, is_ending)
     are_bags = has_bags(predictor.cfg)
     page = _page()
 
@@ -212,36 +259,6 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, e: HTTPException) -> Response:
         return await refuse(request, RefusedError(e.status_code, "http", str(e.detail)))
-
-    async def serve(request: Request, work: Callable[[Pixels], _T]) -> _T:
-        """Have a picture worked on, when it is its turn."""
-        gate.check_rate(request.client.host if request.client else "")
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind in _SIMPLE_TYPES:
-            message = "Send the picture as the body, with Content-Type image/jpeg, png or webp"
-            raise RefusedError(415, "type", message)
-        start = time.monotonic()
-        async with gate.place():
-            content = await read_body(request.stream(), limits)
-            async with gate.turn():
-                if is_ending():
-                    raise RefusedError(503, "ending", "The server is being shut down", 10)
-                if await request.is_disconnected():
-                    raise RefusedError(499, "left", "The client has left")
-                metrics.seconds.labels("wait").observe(time.monotonic() - start)
-                start = time.monotonic()
-                try:
-                    result = await asyncio.get_running_loop().run_in_executor(
-                        worker, lambda: work(decode_picture(content, limits.max_pixels, reader))
-                    )
-                except RefusedError:
-                    raise
-                except Exception as e:
-                    logger.exception("A picture failed")
-                    message = "Something went wrong here, see the log of the server"
-                    raise RefusedError(500, "failed", message) from e
-                metrics.seconds.labels("work").observe(time.monotonic() - start)
-                return result
 
     # Proxies and monitors ask by HEAD, whose answers the server sends without their body.
     @app.head("/", include_in_schema=False)
@@ -277,7 +294,7 @@ def make_app(
     @app.post("/api/detect", openapi_extra=_PICTURE)
     async def detect_in(request: Request) -> dict[str, Any]:
         """Detect in the picture that is the body."""
-        result = await serve(request, lambda pixels: detect(predictor, pixels))
+        result = await desk.serve(request, lambda pixels: detect(predictor, pixels))
         metrics.detections.inc(len(result["detections"]))
         return result
 
@@ -306,7 +323,7 @@ def make_app(
                 raise RefusedError(422, "parameter", message)
             return find_bag(predictor, pixels, (x, y, width, height), category_id - 1)
 
-        return await serve(request, work)
+        return await desk.serve(request, work)
 
     return app
 

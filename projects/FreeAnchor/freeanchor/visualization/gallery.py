@@ -93,15 +93,9 @@ def gallery(
         truth_rows = [] if truth is None else _rounded(truth)
         found_rows = [_rounded(found[i][found[i][:, 5] >= _MIN_SCORE]) for found in data.found]
         if has_masks:
-            annotations = data.records[i].get("annotations", ()) if truth_rows else ()
-            masks = [a.get("segmentation") for a in annotations]
-            for rows, found_masks in zip(found_rows, data.masks):
-                masks += found_masks[i][: len(rows)]
             size = pixels.shape[1], pixels.shape[0]
-            fitted = fit_masks(masks, size, int(_OVERLAY_SHARE * max_bytes / len(chosen)))
-            for row, mask in zip(chain(truth_rows, *found_rows), fitted, strict=True):
-                row.append(mask)
-            bag_bytes -= len(data_element("", fitted))
+            most = int(_OVERLAY_SHARE * max_bytes / len(chosen))
+            bag_bytes -= _add_masks(data, i, truth_rows, found_rows, size, most)
         bags: list[dict[int, Any]] = [{} for _ in runs]
         for of_run, into in zip(matchings, bags):
             if i in of_run and truth is not None and bag_bytes > 0:
@@ -141,6 +135,25 @@ def gallery(
         f'<div data-pictures="{html.escape(name)}"></div>',
         data_element(name, content),
     ]
+
+
+def _add_masks(
+    data: Dataset,
+    i: int,
+    truth_rows: list[list[Any]],
+    found_rows: list[list[list[Any]]],
+    size: tuple[int, int],
+    max_bytes: int,
+) -> int:
+    """Give each row of an image its mask, and say how many bytes they are in the page."""
+    annotations = data.records[i].get("annotations", ()) if truth_rows else ()
+    masks = [a.get("segmentation") for a in annotations]
+    for rows, found_masks in zip(found_rows, data.masks):
+        masks += found_masks[i][: len(rows)]
+    fitted = fit_masks(masks, size, max_bytes)
+    for row, mask in zip(chain(truth_rows, *found_rows), fitted, strict=True):
+        row.append(mask)
+    return len(data_element("", fitted))
 
 
 def _rounded(rows: NDArray[Any]) -> list[list[Any]]:
