@@ -122,6 +122,18 @@ def test_data_that_python_registered(coco):
     assert len(loaded["annotations"]) == 1
 
 
+@pytest.mark.parametrize("area", [None, 0, -1, np.nan, np.inf, np.float32(7)])
+def test_area_of_an_object_that_python_registered(area):
+    """As in a COCO file, that of the box where it can be none: no evaluation would count it."""
+    box = {"bbox": [5, 5, 20, 20], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "area": area}
+    DatasetCatalog.register(
+        "by_python", lambda: [{"file_name": "1.png", "image_id": 1, "annotations": [box]}]
+    )
+    MetadataCatalog.get("by_python").thing_classes = ["cell"]
+    (loaded,) = data.load_training_set(["by_python"], filter_empty=True)
+    assert loaded["annotations"][0]["area"] == (7 if area == 7 else 225)
+
+
 def test_records_of_python_without_annotations(coco):
     """Images without objects need not say so; a data set of which none has any is refused."""
     data.register_datasets([coco()])

@@ -82,7 +82,9 @@ def check_records(
         for _ in record["annotations"]:
             annotation, problem, box, is_crowd = next(checked)
             if not problem:
-                area = annotation.get("area") or float(box[2] * box[3])
+                area = float(annotation.get("area") or 0)
+                # Else COCO's evaluation would leave the object out, without a word.
+                area = area if 0 < area < math.inf else float(box[2] * box[3])
                 kept.append({**annotation, "iscrowd": int(is_crowd), "area": area})
         record["annotations"] = kept
     return records, findings
