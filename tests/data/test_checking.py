@@ -1,11 +1,13 @@
 """`freeanchor check`: a whole look at a data set."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from freeanchor import data
 from freeanchor.__main__ import main
+from freeanchor.errors import DatasetError
 
 
 def test_what_training_would_use(coco, capsys):
@@ -89,3 +91,22 @@ def test_several_processes(coco, cfg, monkeypatch):
     several, is_trainable = data.check_dataset(path, images, cfg)
     assert several == one
     assert not is_trainable
+
+
+class Deadly(data.ImageReader):
+    """Ends the process that reads the third image, as the system does for lack of memory."""
+
+    def check(self, record, decode=False):
+        if record["file_name"].endswith("3.png"):
+            os._exit(1)
+        return super().check(record, decode)
+
+
+def test_a_process_that_is_ended(coco, cfg, monkeypatch):
+    """Is an error, and no wait for ever."""
+    _, path, images = coco(num_images=8)
+    monkeypatch.setattr("freeanchor.data.checking._PER_PROCESS", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(data.ImageReader, "from_config", lambda _: Deadly())
+    with pytest.raises(DatasetError, match=r"train\.json: a process that was reading"):
+        data.check_dataset(path, images, cfg)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,15 @@ def _look_at_images(file: CocoFile, reader: ImageReader) -> list[ImageState]:
     count = min(len(os.sched_getaffinity(0)), 1 + len(records) // _PER_PROCESS)
     if count == 1:
         return [_look(x) for x in tqdm(work, desc="images", delay=1)]
-    with ProcessPoolExecutor(count, context) as pool:  # ends where one of them does
-        found = pool.map(_look, work, chunksize=16)
-        return list(tqdm(found, total=len(work), desc="images"))
+    try:
+        with ProcessPoolExecutor(count, context) as pool:
+            found = pool.map(_look, work, chunksize=16)
+            return list(tqdm(found, total=len(work), desc="images"))
+    except BrokenProcessPool as e:
+        raise DatasetError(
+            f"{file.path}: a process that was reading its images was ended, maybe for lack of "
+            "memory: free some, and check again"
+        ) from e
 
 
 def _describe(file: CocoFile, cfg: CfgNode) -> list[str]:
