@@ -162,7 +162,9 @@ def trainer_of(triple, name=""):
     cfg.merge_from_list(TINY_MODEL)
     folder = Path(triple[1]).parent / f"of {comm.get_rank()}"
     folder.mkdir(exist_ok=True)
-    cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = (triple[0],), str(folder), name
+    cfg.MODEL.RETINANET.NUM_CLASSES = 0  # those of the data
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (triple[0],), ()
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(folder), name
     cfg.DATALOADER.NUM_WORKERS = 0
     return Trainer(cfg), folder
 
