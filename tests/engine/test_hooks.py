@@ -45,16 +45,21 @@ def test_pictures_of_the_matching_while_training(config, storage):
     assert all(torch.equal(states[0][k], v) for k, v in states[2].items())
 
 
-def test_no_picture_of_a_batch_without_objects(cfg, storage):
-    """There is nothing to match."""
-    model = build_model(cfg).train()
-    batch = [{"image": torch.zeros(3, 64, 64), "instances": instances([], [])}] * 2
+def take_step(cfg, model, batch):
+    """A step that a picture is made of."""
     hook = MatchingPictures(model, 1)
     hook.trainer = SimpleTrainer(model, [batch], build_optimizer(cfg, model))
     hook.trainer.iter = 0
     hook.before_step()
     hook.trainer.run_step()
     hook.after_step()
+
+
+def test_no_picture_of_a_batch_without_objects(cfg, storage):
+    """There is nothing to match."""
+    model = build_model(cfg).train()
+    batch = [{"image": torch.zeros(3, 64, 64), "instances": instances([], [])}] * 2
+    take_step(cfg, model, batch)
     assert storage._vis_data == []
 
 
@@ -76,12 +81,7 @@ def test_pictures_show_the_objects_of_the_training(cfg, storage, monkeypatch):
     monkeypatch.setattr("freeanchor.engine.hooks.draw_matching", draw)
     image = {"image": torch.zeros(3, 64, 64), "instances": instances([[8, 8, 40, 30]], [0])}
     batch = [{**image, "resize_factors": (2.0, 2.0)}] * 2
-    hook = MatchingPictures(model, 1)
-    hook.trainer = SimpleTrainer(model, [batch], build_optimizer(cfg, model))
-    hook.trainer.iter = 0
-    hook.before_step()
-    hook.trainer.run_step()
-    hook.after_step()
+    take_step(cfg, model, batch)
     assert trained[0].tolist() == [[8, 8, 39, 29]]
     assert torch.equal(drawn[0], trained[0])
 
