@@ -45,8 +45,9 @@ class Trainer(DefaultTrainer):
     What it builds and the hooks that it runs are Detectron2's; the loop, the step and what a
     checkpoint holds are its own, the same with Detectron2 0.6 and its main branch.
 
-    A script needs nothing else of `train_net.py`: data sets that are registered in any way of
-    Detectron2's are read by our reader and brought to the classes of the model by their names.
+    Scripts use it without `train_net.py`: data sets that are registered in any way of Detectron2's
+    are read by our reader and brought to the classes of the model by their names. What it leaves to
+    them is to look at all images first (:func:`freeanchor.data.check_images`) and to set a seed.
     """
 
     checkpointer: Any
