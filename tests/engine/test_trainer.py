@@ -53,6 +53,14 @@ def test_script(script, images, caplog):
     assert script.MODEL.FREEANCHOR.CLASS_NAMES == []  # the script's config is its own
 
 
+def test_script_that_evaluates(script):
+    """By the config that the training has left, in a process that has not trained."""
+    script.MODEL.FREEANCHOR.CLASS_NAMES = ["class 1", "class 2", "class 3"]
+    Trainer.test(script, Trainer.build_model(script))
+    own = {x: i for i, x in MetadataCatalog.get("val").thing_dataset_id_to_contiguous_id.items()}
+    assert own == {0: 30, 1: 20, 2: 10}
+
+
 class Counter(DatasetEvaluator):
     """Counts the images that it sees."""
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,11 +64,8 @@ class Trainer(DefaultTrainer):
                 as the config wants it.
         """
         TrainerBase.__init__(self)
-        cfg = cfg.clone()
-        cfg.defrost()
         names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-        resolve_classes(cfg, names)
-        cfg.freeze()
+        cfg = _resolve_classes(cfg, names)
         if comm.is_main_process():
             report_findings(names)
         check_config(cfg, training=True)
@@ -283,6 +281,8 @@ class Trainer(DefaultTrainer):
         The recommended thresholds, of the first of `DATASETS.TEST` that has objects, go into
         `OUTPUT_DIR`, and the figures into its `inference/results.json`, beside the detections.
         """
+        if cfg.DATASETS.TEST and cfg.MODEL.FREEANCHOR.CLASS_NAMES:  # else its training has
+            _resolve_classes(cfg, cfg.DATASETS.TEST)
         with inference_autocast(cfg, model):
             evaluators = [
                 DatasetEvaluators([cls.build_evaluator(cfg, name), *looking_into(model, cfg, name)])
@@ -362,6 +362,15 @@ class Trainer(DefaultTrainer):
                 writer = MetricsWriter(path)
             writers.append(TolerantWriter(writer))
         return writers
+
+
+def _resolve_classes(cfg: CfgNode, names: Sequence[str]) -> CfgNode:
+    """A copy of the config with the classes, to which the data sets are brought."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    resolve_classes(cfg, names)
+    cfg.freeze()
+    return cfg
 
 
 def _kinds(groups: list[dict[str, Any]]) -> list[Any]:
