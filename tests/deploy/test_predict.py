@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from freeanchor.__main__ import main
 from freeanchor.deploy import draw_boxes, predict
 from freeanchor.deploy.outputs import WRITERS, Detected
 from freeanchor.deploy.sources import find_sources
-from freeanchor.errors import DatasetError
+from freeanchor.errors import DatasetError, FreeAnchorError
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def write_video(path, frames):
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
-        ("csv", "detections.csv"),
-        ("coco", "detections.json.tmp"),
+        ("coco", f"detections.json.{os.getpid()}.unfinished"),
+        ("csv", f"detections.csv.{os.getpid()}.unfinished"),
         ("yolo", "classes.txt"),
         ("yolo", "labels/a.txt"),
         ("pictures", "pictures/a.png"),
@@ -60,6 +61,70 @@ def test_a_full_disk_is_one_sentence(run_folder, folder, tmp_path, kind, file):
     command = f"predict {run_folder} {folder}/a.png --out {tmp_path}/out --formats {kind}"
     with pytest.raises(SystemExit, match=r"^freeanchor predict: .*No space left on device"):
         main(f"{command} --device cpu --confidence 0".split())
+
+
+ALL_FORMATS = ["pictures", "coco", "csv", "yolo"]
+
+
+class Interrupted:
+    """A predictor that finds nothing in two images, and then raises."""
+
+    class_names = ("cell",)
+
+    def __init__(self, error):
+        self.error = error
+
+    def stream(self, images, _):
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        for image, _ in zip(images, range(2)):
+            yield image, pixels, some_instances()
+        raise self.error
+
+
+@pytest.mark.parametrize("source", ["v.avi", "*.png"])
+def test_an_error_keeps_an_earlier_result(folder, tmp_path, source):
+    """What is not whole does not take the place of what was."""
+    names = ["detections.json", "detections.csv", "pictures/v.mp4"]
+    (tmp_path / "pictures").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("whole")
+    failing = Interrupted(RuntimeError("CUDA"))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        predict(lambda: failing, [str(folder / source)], tmp_path, ALL_FORMATS)
+    assert {(tmp_path / name).read_text() for name in names} == {"whole"}
+    assert not list(tmp_path.rglob("*unfinished*"))
+
+
+@pytest.mark.parametrize(("is_endless", "expected"), [(True, ""), (False, "KeyboardInterrupt")])
+def test_ctrl_c(folder, tmp_path, monkeypatch, capsys, is_endless, expected):
+    """What was found is there; the status says so too, but for a camera, which is ended so."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{folder / 'a.png'}\n{folder / 'c.png'}\n"))
+    sources = ["-"] if is_endless else [str(folder / "[ac].png")]
+    ended = ""
+    try:
+        predict(lambda: Interrupted(KeyboardInterrupt()), sources, tmp_path, ALL_FORMATS)
+    except KeyboardInterrupt:
+        ended = "KeyboardInterrupt"
+    assert ended == expected
+    assert "what was found until then" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "detections.json").read_text())["images"]) == 2
+
+
+def test_a_video_on_a_full_disk(tmp_path):
+    """OpenCV says nothing: it would be a file that no player opens."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    writer = WRITERS["pictures"](tmp_path, ["cell"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for frame in range(100):
+            picture = pixels + np.uint8(frame)
+            writer.write(Detected("v.avi", picture, some_instances(), frame, 9))
+        with pytest.raises(FreeAnchorError, match=r"v\.mp4 cannot be written: is the disk full"):
+            writer.__exit__(None, None, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "pictures").iterdir())
 
 
 def test_all_formats(run_folder, predictor, folder, images, tmp_path):
@@ -164,12 +229,28 @@ def test_kinds_of_sources(folder, monkeypatch):
     """Files, folders, patterns and lists give their images in order, videos come after."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("x.png\n\ny.png\n"))
     sources = [str(folder / "v.avi"), str(folder / "[ab].png"), "-", str(folder)]
-    stills, *videos = find_sources(sources, pytest.fail)
+    stills, *videos = find_sources(sources, pytest.fail, pytest.fail)
     a, c = str(folder / "a.png"), str(folder / "c.png")
     assert list(stills.images) == [a, a, c, "x.png", "y.png"]
     assert [(x.name, x.length, len(list(x.images))) for x in videos] == [
         (str(folder / "v.avi"), 3, 3)
     ] * 2
+
+
+def test_folders_within(folder):
+    """Their images are not taken, which is said, with what takes them."""
+    (folder / "more" / "deep").mkdir(parents=True)
+    for name in ("more/d.jpg", "more/deep/e.jpg", "more/notes.txt"):
+        (folder / name).write_bytes(b"")
+    said = []
+    stills, _ = find_sources([str(folder)], pytest.fail, said.append)
+    assert stills.length == 2
+    assert len(said) == 1
+    assert f"2 images or videos in folders within {folder} are left out" in said[0]
+    assert find_sources([said[0].split("'")[1]], pytest.fail, pytest.fail)[0].length == 2
+    (folder / "more" / "d.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"without images or videos: give '.*/\*\*/\*\.jpg'"):
+        find_sources([str(folder / "more")], pytest.fail, pytest.fail)
 
 
 def test_camera(monkeypatch):
@@ -192,7 +273,7 @@ def test_camera(monkeypatch):
             pass
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    (camera,) = find_sources(["0"], pytest.fail)
+    (camera,) = find_sources(["0"], pytest.fail, pytest.fail)
     assert camera.length is None
     assert camera.frame_rate > 0
     assert len(list(camera.images)) == 2
@@ -204,7 +285,7 @@ def test_cut_off_video(folder, monkeypatch):
     errors = []
     get = cv2.VideoCapture.get
     monkeypatch.setattr(cv2.VideoCapture, "get", lambda self, key: 4 * get(self, key))
-    (video,) = find_sources([str(folder / "v.avi")], errors.append)
+    (video,) = find_sources([str(folder / "v.avi")], errors.append, pytest.fail)
     assert len(list(video.images)) == 3
     assert "ends after 3 of 12 frames" in str(errors[0])
 
@@ -271,7 +352,7 @@ def test_names_that_are_not_utf8(run_folder, images, tmp_path, monkeypatch):
     video = tmp_path / os.fsdecode(b"\xe4.mp4")
     video.write_text("")
     with pytest.raises(DatasetError, match=r"udce4.mp4' is no name in UTF-8"):
-        find_sources([str(video)], pytest.fail)
+        find_sources([str(video)], pytest.fail, pytest.fail)
 
 
 def test_inputs_are_not_overwritten(images, tmp_path):

@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 
+from ..checkpoint import replacing
 from ..data import encode_mask
 from ..errors import FreeAnchorError
 from ..visualization import find_font, overlay_masks
@@ -75,7 +78,10 @@ class _Names:
 
 
 class Writer(Protocol):
-    """Writes detections into a folder; a context, at whose end everything is there."""
+    """Writes detections into a folder; a context, at whose end everything is there.
+
+    Where it ends by an error, a file of an earlier run is not replaced by a part of this one.
+    """
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None: ...
 
@@ -112,7 +118,7 @@ class Pictures(_Base):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder / "pictures", class_names)
         self._names = _Names()
-        self._video: tuple[str, cv2.VideoWriter] | None = None
+        self._video: _Video | None = None
 
     def write(self, detected: Detected) -> None:
         """Write an annotated picture, or the next frame of a video."""
@@ -127,16 +133,12 @@ class Pictures(_Base):
             except (OSError, cv2.error) as e:
                 raise FreeAnchorError(f"{target} cannot be written: {e}") from e
             return
-        if self._video is None or self._video[0] != detected.name:
+        if self._video is None or self._video.name != detected.name:
             self.__exit__()
             target = self._target(detected.name, ".mp4")
             size = picture.shape[1], picture.shape[0]
-            code = cv2.VideoWriter.fourcc(*"mp4v")
-            video = cv2.VideoWriter(str(target), code, detected.frame_rate, size)
-            if not video.isOpened():
-                raise FreeAnchorError(f"{target} cannot be written: OpenCV has no encoder for it")
-            self._video = detected.name, video
-        self._video[1].write(picture)
+            self._video = _Video(detected.name, target, detected.frame_rate, size)
+        self._video.write(picture)
 
     def _target(self, name: str, suffix: str) -> Path:
         target = self.folder / self._names.of(name, suffix)
@@ -146,25 +148,74 @@ class Pictures(_Base):
 
     def __exit__(self, *error: object) -> None:
         """Finish a video."""
-        if self._video is not None:
-            self._video[1].release()
-            self._video = None
+        video, self._video = self._video, None
+        if video is not None:
+            video.close(is_whole=not any(error))
 
 
-class Coco(_Base):
+class _Video:
+    """A video that is being written, beside its place until it is whole."""
+
+    def __init__(self, name: str, target: Path, frame_rate: float, size: tuple[int, int]) -> None:
+        self.name, self._target = name, target
+        self._unfinished = target.with_suffix(f".unfinished{target.suffix}")
+        code = cv2.VideoWriter.fourcc(*"mp4v")
+        self._file = cv2.VideoWriter(str(self._unfinished), code, frame_rate, size)
+        if not self._file.isOpened():
+            raise FreeAnchorError(f"{target} cannot be written: OpenCV has no encoder for it")
+        self.write = self._file.write
+
+    def close(self, is_whole: bool) -> None:
+        self._file.release()
+        try:
+            if is_whole:
+                # OpenCV does not say that a disk is full.
+                if not cv2.VideoCapture(str(self._unfinished)).isOpened():
+                    raise FreeAnchorError(f"{self._target} cannot be written: is the disk full?")
+                self._unfinished.replace(self._target)
+        finally:
+            self._unfinished.unlink(missing_ok=True)
+
+
+class _OneFile(_Base):
+    """What writers of one file for all images share.
+
+    It is written as detections come, to a file without a name, so that memory does not fill.
+    """
+
+    NAME: ClassVar[str]
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self._file = TemporaryFile(  # noqa: SIM115  # closed in __exit__
+            "w+", dir=folder, newline="", encoding="utf-8", errors="backslashreplace"
+        )
+
+    def _finish(self) -> None:
+        """Write what comes behind all detections."""
+
+    def __exit__(self, *error: object) -> None:
+        """Put the file in its place, if all is there."""
+        with self._file as f:
+            if not any(error):
+                self._finish()
+                f.seek(0)
+                with replacing(self.folder / self.NAME) as target:
+                    shutil.copyfileobj(f.buffer, target)  # type: ignore[type-var]
+
+
+class Coco(_OneFile):
     """`detections.json` in COCO's annotation format with scores; classes are numbered from 1.
 
     Masks are run-length encodings, and their areas the `area`.
-
-    It is written as detections come, so that only the list of images is kept in memory.
     """
+
+    NAME = "detections.json"
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
         self._images: list[dict[str, Any]] = []
         self._number = 0
-        self._unfinished = folder / "detections.json.tmp"
-        self._file = self._unfinished.open("w")
         categories = [{"id": i, "name": name} for i, name in enumerate(class_names, start=1)]
         self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
@@ -191,21 +242,17 @@ class Coco(_Base):
             self._file.write(",\n" * (self._number > 0) + json.dumps(annotation))
             self._number += 1
 
-    def __exit__(self, *error: object) -> None:
-        """Finish the file."""
+    def _finish(self) -> None:
         self._file.write(f'],\n"images": {json.dumps(self._images)}}}\n')
-        self._file.close()
-        self._unfinished.replace(self.folder / "detections.json")
 
 
-class Csv(_Base):
+class Csv(_OneFile):
     """`detections.csv`, a line for each detection."""
+
+    NAME = "detections.csv"
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        path = folder / "detections.csv"
-        # Names of files may hold what is no character.
-        self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self._lines = csv.writer(self._file)
         self._lines.writerow(["image", "frame", "class", "score", "x1", "y1", "x2", "y2"])
 
@@ -215,10 +262,6 @@ class Csv(_Base):
         for box, score, index in _rows(detected.instances):
             numbers = [f"{score:.6f}", *(f"{x:.3f}" for x in box)]
             self._lines.writerow([detected.name, frame, self.class_names[index], *numbers])
-
-    def __exit__(self, *error: object) -> None:
-        """Finish the file."""
-        self._file.close()
 
 
 class Yolo(_Base):

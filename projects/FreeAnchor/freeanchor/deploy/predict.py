@@ -32,19 +32,25 @@ def predict(
 
     Raises:
         FreeAnchorError: a source is not there, or something cannot be written.
+        KeyboardInterrupt: by Ctrl-C, with what was found until then written, unless it is how a
+            source without a known end is ended.
     """
     check_folder(out)
     errors = []
 
+    def say(text: str) -> None:
+        # Names of files may hold what is no character.
+        tqdm.write(f"freeanchor predict: {text}".encode(errors="backslashreplace").decode())
+
     def on_error(error: FreeAnchorError) -> None:
         errors.append(error)
-        # Names of files may hold what is no character.
-        tqdm.write(f"freeanchor predict: {error}".encode(errors="backslashreplace").decode())
+        say(str(error))
 
-    found = find_sources(sources, on_error)
+    found = find_sources(sources, on_error, say)
     predictor = load()
     lengths = [x.length for x in found]
     total = None if None in lengths else sum(filter(None, lengths))
+    is_ended = False
     with ExitStack() as stack:
         names = predictor.class_names
         writers = [stack.enter_context(WRITERS[x](out, names)) for x in dict.fromkeys(formats)]
@@ -57,6 +63,9 @@ def predict(
                     for writer in writers:
                         writer.write(Detected(name, pixels, instances, frame, source.frame_rate))
                     bar.update()
-        except KeyboardInterrupt:  # how one ends a camera
-            tqdm.write(f"freeanchor predict: ended; what was found until then is in {out}")
+        except KeyboardInterrupt:
+            say(f"ended; what was found until then is in {out}")
+            is_ended = True
+    if is_ended and total is not None:  # else it is how one ends a camera
+        raise KeyboardInterrupt
     return len(errors)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import IMAGE_SUFFIXES
+from ..data.importing import files_in
 from ..errors import DatasetError, FreeAnchorError
 
 __all__ = ["Source", "find_sources"]
@@ -39,7 +40,9 @@ class Source(NamedTuple):
 
 
 def find_sources(
-    sources: Sequence[str], on_error: Callable[[FreeAnchorError], None]
+    sources: Sequence[str],
+    on_error: Callable[[FreeAnchorError], None],
+    say: Callable[[str], None],
 ) -> list[Source]:
     """Find what the names of a command line mean.
 
@@ -47,6 +50,7 @@ def find_sources(
         sources: each a file, a folder, a pattern with `*`, `-` for a list on standard input with a
             name in each line, or the number of a camera.
         on_error: called with the error of a video that cannot be read, or not to its end.
+        say: called with a sentence about what is not taken.
 
     Returns:
         All still images as one source, then each video. None is open yet.
@@ -63,7 +67,7 @@ def find_sources(
         elif source.isdecimal() and not Path(source).exists():
             videos.append(_video(int(source), f"camera_{source}", on_error))
         else:
-            for name in _files(source):
+            for name in _files(source, say):
                 if Path(name).suffix.lower() in _VIDEOS:
                     videos.append(_video(name, name, on_error))
                 else:
@@ -75,19 +79,21 @@ def find_sources(
     return found + videos
 
 
-def _files(source: str) -> list[str]:
+def _files(source: str, say: Callable[[str], None]) -> list[str]:
     path = Path(source)
     if path.is_file():
         return [source]
     if path.is_dir():
-        suffixes = (*IMAGE_SUFFIXES, *_VIDEOS)
-        files = sorted(
-            str(x)
-            for x in path.iterdir()
-            if x.suffix.lower() in suffixes and not x.name.startswith(".")  # as a pattern has it
-        )
+        every = sorted(files_in(path, (*IMAGE_SUFFIXES, *_VIDEOS)))
+        files = [str(x) for x in every if x.parent == path]
+        deeper = [x for x in every if x.parent != path]
+        how = f"give '{path}/**/*{deeper[0].suffix}' for those in folders within" if deeper else ""
         if not files:
-            raise DatasetError(f"{source} is a folder without images or videos")
+            raise DatasetError(
+                f"{source} is a folder without images or videos" + f": {how}" * bool(deeper)
+            )
+        if deeper:
+            say(f"{len(deeper)} images or videos in folders within {source} are left out: {how}")
         return files
     files = sorted(x for x in glob.glob(source, recursive=True) if Path(x).is_file())
     if not files:
