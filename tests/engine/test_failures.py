@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import read_checkpoint
 from freeanchor.engine import trainer
@@ -70,6 +71,25 @@ def test_replay_of_something_else(tiny):
     output = tiny("SOLVER.MAX_ITER", "1")
     with pytest.raises(SystemExit, match=r"model_final\.pth is not a training step"):
         main(["replay", str(output / "model_final.pth")])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("PRE_ANCHOR_TOPK", "OF_ANOTHER_VERSION", "OF_ANOTHER_VERSION"),
+        ("PRE_ANCHOR_TOPK: 50", "PRE_ANCHOR_TOPK: fifty", "fifty"),
+        ("META_ARCHITECTURE: FreeAnchor", "META_ARCHITECTURE: OfMyOwn", "OfMyOwn"),
+        ("NUM_CONVS: 1", "NUM_CONVS: 2", r"head\.cls_subnet\.3"),
+    ],
+)
+def test_replay_of_another_version(cfg, tmp_path, old, new, reason):
+    """What cannot be built here is said."""
+    cfg.MODEL.RETINANET.NUM_CONVS = 1
+    step = {"model": build_model(cfg).state_dict(), "batch": [], "iteration": 0}
+    assert old in cfg.dump()
+    torch.save({**step, "config": cfg.dump().replace(old, new)}, tmp_path / "non_finite.pth")
+    with pytest.raises(SystemExit, match=f"^freeanchor replay: .*cannot be replayed .*{reason}"):
+        main(["replay", str(tmp_path / "non_finite.pth")])
 
 
 def test_steps_that_are_skipped(tiny, poison):

@@ -216,9 +216,16 @@ def read_config(path: str | Path) -> CfgNode:
 
 
 def parse_config(text: str) -> CfgNode:
-    """The config that `cfg.dump()` wrote."""
+    """The config that `cfg.dump()` wrote.
+
+    Raises:
+        FreeAnchorError: it has keys or values that this version does not have.
+    """
     cfg = new_config()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+    try:
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise FreeAnchorError(_reason(e)) from e
     return cfg
 
 

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from ..checkpoint import read_checkpoint
 from ..config import parse_config
-from ..errors import FileError
+from ..errors import FileError, FreeAnchorError
 from .precision import autocast, optimize
 
 __all__ = ["replay"]
@@ -28,16 +28,22 @@ def replay(path: Path) -> str:
         numbers which are not finite.
 
     Raises:
-        FileError: it is not such a file.
+        FileError: it is not such a file, or of a model that cannot be built here.
     """
     content = read_checkpoint(str(path))
     if not {"model", "batch", "config", "iteration"} <= content.keys():
         raise FileError(f"{path} is not a training step that was saved (non_finite_*.pth)")
-    cfg = parse_config(content["config"])
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).train()
-    model.load_state_dict(content["model"])
+    try:
+        cfg = parse_config(content["config"])
+        if not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"
+        model = build_model(cfg).train()
+        model.load_state_dict(content["model"])
+    except (FreeAnchorError, KeyError, RuntimeError) as e:
+        raise FileError(
+            f"{path} cannot be replayed here, but with the version of FreeAnchor and the modules "
+            f"of your own that its training had: {' '.join(str(e).split())}"
+        ) from e
     weights = [name for name, x in model.named_parameters() if not _is_finite(x)]
     if weights:
         return f"Iteration {content['iteration']}: {weights[0]} was not finite before the step"
