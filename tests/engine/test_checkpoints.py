@@ -10,9 +10,10 @@ import signal
 import pytest
 import torch
 from detectron2.engine import hooks
-from freeanchor.checkpoint import files, read_checkpoint
+from freeanchor.checkpoint import Checkpointer, files, read_checkpoint
 from freeanchor.data import register_datasets
 from freeanchor.engine import checkpoints
+from freeanchor.errors import FileError
 from tiny_run import difference, result
 
 
@@ -226,6 +227,46 @@ def test_best_checkpoint(tiny, monkeypatch):
     assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (5, 6)
     for line in (output / "metrics.json").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # of NaN
+
+
+def best_of(output):
+    """The metric of model_best.pth."""
+    state = read_checkpoint(str(output / "model_best.pth"))["trainer"]
+    return state["hooks"]["BestCheckpointer"]["best_metric"]
+
+
+@pytest.mark.parametrize(("values", "best"), [((3.0, 2.0), 2.0), ((1.0, 3.0, 2.0, 0.5), 2.0)])
+def test_best_checkpoint_that_cannot_be_written(tiny, monkeypatch, values, best):
+    """It is not the best: what comes after it is only better than what the disk has."""
+    save = Checkpointer.save
+
+    def save_without_room(self, name, **kwargs):
+        latest = self.checkpointables["trainer"].storage.latest()
+        if name == "model_best" and latest["bbox/AP"][0] == 3.0:
+            raise FileError(f"{name} cannot be written: the disk is full")
+        save(self, name, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "save", save_without_room)
+    keys = [*evaluated_as(monkeypatch, values), "TEST.EARLY_STOPPING", "2"]
+    output = tiny(*keys, "SOLVER.MAX_ITER", str(len(values)))
+    assert best_of(output) == best
+    assert "the disk is full. The run goes on" in log(output)
+
+
+def test_best_checkpoint_after_a_kill(tiny, monkeypatch):
+    """It is newer than the checkpoint that a run goes on from, which was written before it."""
+    keys = evaluated_as(monkeypatch, [1.0, 3.0])
+    output = tiny(*keys, "SOLVER.MAX_ITER", "2")
+    assert best_of(output) == 3.0
+    for name in ("model_final.pth", "last_checkpoint"):
+        (output / name).unlink()
+    assert names(output) == ["model_0000000.pth", "model_best.pth"]
+    tiny("--resume", *evaluated_as(monkeypatch, [2.0, 2.5]), "SOLVER.MAX_ITER", "3")
+    assert best_of(output) == 3.0
+    (output / "model_best.pth").unlink()
+    tiny("--resume", *evaluated_as(monkeypatch, [2.0]), "SOLVER.MAX_ITER", "4")
+    assert best_of(output) == 2.0
+    assert "gone or damaged" in log(output)
 
 
 def test_best_checkpoint_by_another_metric(tiny, monkeypatch):

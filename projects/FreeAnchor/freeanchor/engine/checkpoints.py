@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -13,8 +15,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from ..checkpoint import Checkpointer
-from ..checkpoint.run_folder import keep_newest
+from ..checkpoint import Checkpointer, read_checkpoint
+from ..checkpoint.files import is_whole
+from ..checkpoint.run_folder import BEST, keep_newest
 from ..errors import FileError, FreeAnchorError
 from .processes import answering
 from .random_state import random_state
@@ -169,6 +172,9 @@ def _best_metric(cfg: CfgNode) -> str:
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, which also remembers the best when a run is resumed, and can end the run."""
 
+    best_metric: float | None
+    best_iter: int | None
+
     def __init__(self, cfg: CfgNode, checkpointer: Checkpointer, step: TrainStep) -> None:
         """Build the hook, on the main process.
 
@@ -184,20 +190,39 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._evaluations_since = 0
 
     def _best_checking(self) -> None:
-        before = self.best_iter
-        try:
-            super()._best_checking()
-        except FileError as e:
-            self._logger.error(f"{e}. The run goes on")
-        if self.best_iter is None:
-            return  # the metric is not computed
-        self._evaluations_since = 0 if self.best_iter != before else self._evaluations_since + 1
+        found = self.trainer.storage.latest().get(self._val_metric)
+        if found is None:
+            self._logger.warning(f"{self._val_metric} is not computed: no {BEST}.pth is written")
+            return
+        value, iteration = found
+        if math.isfinite(value) and (self.best_metric is None or value > self.best_metric):
+            self._save_best(value, iteration)
+            return
+        if self.best_metric is None:
+            return
+        self._evaluations_since += 1
+        self._logger.info(
+            f"{self._val_metric} is {value:.5f}, not better than best score {self.best_metric:.5f} "
+            f"of iteration {self.best_iter}"
+        )
         if 0 < self._patience <= self._evaluations_since:
             self._logger.info(
                 f"{self._val_metric} has not become better for {self._patience} evaluations, since "
                 f"iteration {self.best_iter}: the training ends with the next iteration"
             )
             self._step.ask(Request.FINISH)
+
+    def _save_best(self, value: float, iteration: int) -> None:
+        before = self.best_metric, self.best_iter
+        # First, as the file says by this how good it is.
+        self.best_metric, self.best_iter, self._evaluations_since = value, iteration, 0
+        try:
+            self._checkpointer.save(BEST, iteration=iteration)
+        except FileError as e:
+            self.best_metric, self.best_iter = before  # which is what the disk has
+            self._logger.error(f"{e}. The run goes on")
+        else:
+            self._logger.info(f"{BEST}.pth is that of {self._val_metric} {value:.5f}")
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -208,12 +233,24 @@ class BestCheckpointer(hooks.BestCheckpointer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what was the best, by the same metric on the same data sets."""
-        if state.get("judged_by", self._judged_by) != self._judged_by:
+        """Go on with the best that is on the disk, by the same metric on the same data sets.
+
+        Args:
+            state: of a checkpoint, which is written before its evaluation, and may know less.
+        """
+        path = Path(self._checkpointer.save_dir) / f"{BEST}.pth"
+        if not is_whole(path):
+            if state["best_metric"] is not None:
+                self._logger.warning(f"{path} is gone or damaged: the next evaluation begins anew")
+            return
+        hooks_state = read_checkpoint(str(path)).get("trainer", {}).get("hooks", {})
+        best = hooks_state.get(type(self).__qualname__, state)
+        if best.get("judged_by", self._judged_by) != self._judged_by:
             self._logger.warning(
-                f"What was the best was so by {state['judged_by']}, which is not comparable with "
+                f"What was the best was so by {best['judged_by']}, which is not comparable with "
                 f"{self._judged_by}: the next evaluation begins anew"
             )
             return
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
-        self._evaluations_since = state["evaluations_since"]
+        self.best_metric, self.best_iter = best["best_metric"], best["best_iter"]
+        if self.best_iter == state["best_iter"]:
+            self._evaluations_since = state["evaluations_since"]
