@@ -81,6 +81,7 @@ def test_any_value(value):
     else:
         mask, extent = read
         assert data.decode_mask(mask, (8, 6)).shape == (6, 8)
+        assert data.decode_mask(mask, (8, 6)).any()
         assert np.isfinite(extent).all()
 
 
@@ -110,6 +111,9 @@ def test_how_polygons_may_be_nested():
         ([[1.0, 2, 3, 4]], "has no polygon of three points or more"),
         ([[1.0, 2, 3, 4, 5, float("nan")]], "has no polygon of three points or more"),
         ([[70.0, 2, 80, 2, 80, 9]], "is outside its image"),
+        ([[9.0, 9, 20, 20, 15, 15]], "covers no pixel"),  # a line
+        ([[9.0, 9.4, 29, 29.4, 29, 29.8, 9, 9.8]], "covers no pixel"),  # between pixels
+        ([[63.6, 0, 99, 0, 99, 48, 63.6, 48]], "covers no pixel"),  # beside its image
         ({"size": [64, 48], "counts": [10, 2, 3060]}, "is of another size than its image"),
         ({"size": [48, 64], "counts": [10, 2]}, "is a run-length encoding that does not fill"),
         ({"size": [48, 64], "counts": [3072]}, "has no pixel"),
@@ -140,10 +144,13 @@ def test_what_cannot_be_used(coco, value, problem, caplog):
 
 def test_masks_elsewhere_than_the_boxes(coco):
     """Fractions of the image, or y before x, are no masks of these objects."""
-    for name, polygon in (("a", [v / 64 for v in SQUARE]), ("b", [6.0, 30, 6, 44, 18, 44, 18, 30])):
+    for name, polygon, problem in (
+        ("a", [v / 64 for v in SQUARE], "numbers are taken for pixels"),
+        ("b", [6.0, 30, 6, 44, 18, 44, 18, 30], "`segmentation` that does not lie where"),
+    ):
         annotations = [{"bbox": [30, 6, 14, 12], "segmentation": [polygon]}] * 4
         _, *paths = coco(name, annotations=annotations, num_images=1)
-        with pytest.raises(DatasetError, match="4 of 4 objects have a `segmentation` that does"):
+        with pytest.raises(DatasetError, match=f"(4 of 4|5 of 5) objects have .*{problem}"):
             data.read_coco(*paths, masks=True)
 
 

@@ -21,6 +21,7 @@ _OUTSIDE = "is outside its image, or leaves it by more than its size"
 _OTHER_SIZE = "is of another size than its image"
 _NOT_WHOLE = "is a run-length encoding that does not fill its image"
 _EMPTY = "has no pixel"
+_COVERS_NONE = "covers no pixel, though its numbers are taken for pixels"
 _UNKNOWN = "is neither polygons nor a run-length encoding"
 # As for boxes: a data set is refused if a larger share of its masks cannot be used.
 _MOST_UNUSABLE = 0.5
@@ -68,7 +69,19 @@ def read_mask(value: Any, size: tuple[int, int]) -> tuple[Any, _Extent] | str:
     # pycocotools walks along the polygon, pixel by pixel, and crashes where there are too many.
     if is_outside or max(-left, right - width) > width or max(-top, bottom - height) > height:
         return _OUTSIDE
+    # Within its image, and wider than a pixel on average, it covers some: counting takes longer.
+    is_inside = left >= 0 and top >= 0 and right <= width and bottom <= height
+    is_wide = sum(map(_area, polygons)) >= right - left + bottom - top
+    if not (is_inside and is_wide) and not mask_api.area(to_rle(polygons, size)):
+        return _COVERS_NONE
     return polygons, (left, top, right - left, bottom - top)
+
+
+def _area(polygon: NDArray[np.float64]) -> float:
+    """Of (2n,) x, y, ..., by the shoelace formula."""
+    x, y = polygon[::2], polygon[1::2]
+    doubled = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]
+    return abs(float(doubled)) / 2
 
 
 def _read_rle(value: dict[str, Any], size: tuple[int, int]) -> tuple[Any, _Extent] | str:
