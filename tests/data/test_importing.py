@@ -72,6 +72,22 @@ def test_voc(voc, tmp_path, capsys, source):
     assert found["val"] == {"c.d.jpg": [("ant", [9.0, 9.0, 3.0, 31.0], 0)]}
 
 
+@pytest.mark.parametrize("first", ["0", "0.0", ".75"])
+def test_voc_that_counts_from_0(voc, tmp_path, capsys, first):
+    """Its boxes are not moved by a pixel, also of files where nothing tells."""
+    xml = voc_xml("b.jpg", [("cat", (first, 6, 20, 30), 0)])
+    (tmp_path / "Annotations" / "b.xml").write_text(xml)
+    for split in (None, str(tmp_path / "ImageSets" / "val.txt")):
+        data.import_voc(voc, tmp_path / "out.json", split=split)
+        assert "b.xml has a corner below 1" in capsys.readouterr().out
+        _, found = read(tmp_path / "out.json", voc / "JPEGImages")
+        assert found["c.d.jpg"] == [("ant", [10.0, 10.0, 2.0, 30.0], 0)]
+        if not split:
+            x = float(first)
+            assert found["b.jpg"] == [("cat", [x, 6.0, 20 - x, 24.0], 0)]
+            assert found["a.jpg"][0] == ("cat", [5.0, 6.0, 15.0, 24.0], 0)
+
+
 def test_boxes_that_leave_their_image(tmp_path):
     """They end where it does on every side, as in training: evaluation then asks for no more."""
     Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg")

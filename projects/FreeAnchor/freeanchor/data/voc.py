@@ -1,6 +1,7 @@
 """Pascal VOC's annotations as COCO files: `freeanchor import --from voc`."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def import_voc(
 ) -> Path:
     """Write a COCO file of a folder of Pascal VOC's XML files, also in folders within it.
 
-    Objects that are marked as difficult become COCO's `ignore`. Corners count from 1, as VOC's.
+    Objects that are marked as difficult become COCO's `ignore`. Corners count from 1, as VOC's,
+    unless one is below it: then all are taken as they are, and a line says so.
 
     Args:
         source: the folder, or the one above `Annotations` and `JPEGImages`.
@@ -49,6 +51,12 @@ def import_voc(
     # Those of all files, so that all parts of a split have the same.
     names = sorted({x.text for tree in trees.values() for x in tree.iterfind("object/name")})
     stems = _read_split(split, list(trees), folder) if split else list(trees)
+    from_zero = [x for x in trees if any(map(_is_below_one, trees[x].iterfind("object/bndbox/*")))]
+    if from_zero:
+        print(
+            f"{folder / from_zero[0]}.xml has a corner below 1, which VOC counts from: the boxes "
+            "of all files are taken to count from 0"
+        )
     finder, reader = ImageFolder(str(images)), ImageReader()
     writer = CocoWriter(names)
     for stem in tqdm(stems, desc="images", delay=3):
@@ -60,6 +68,7 @@ def import_voc(
             found, _ = pascal_voc.detections_from_xml_obj(tree, names, size)
         except (ValueError, KeyError, AttributeError) as e:
             raise DatasetError(f"{path}: {e}") from e
+        found.xyxy[:, :2] += bool(from_zero)  # from which 1 was taken
         writer.add(
             os.path.relpath(image, images), size, found.xyxy, found.class_id, _difficult(tree, path)
         )
@@ -161,6 +170,12 @@ def _check_size(tree: Any, size: tuple[int, int], path: Path, image: str) -> Non
             f"{path} says that its image has {said[0]} x {said[1]} pixels, but {image} has "
             f"{size[0]} x {size[1]}: its boxes are of another image, correct one of them"
         )
+
+
+def _is_below_one(corner: Any) -> bool:
+    """Whether an `xmin` or `ymin` is one that VOC does not have."""
+    text = (corner.text or "").strip()
+    return corner.tag in ("xmin", "ymin") and bool(re.fullmatch(r"0+(\.\d*)?|\.\d+", text))
 
 
 def _difficult(tree: Any, path: Path) -> list[dict[str, Any]]:
