@@ -113,6 +113,19 @@ def test_training_does_not_start_from_another_backbone(cfg, tmp_path, options, s
         Checkpointer(model, cfg).load_start(path)
 
 
+def test_a_part_of_the_backbone(cfg, tmp_path, caplog):
+    """What is not in the file is named apart from the rest of the model, or refused if frozen."""
+    _, state = saved(tmp_path, cfg)
+    path, stem = str(tmp_path / "part.pth"), "backbone.bottom_up.stem.conv1.weight"
+    write_checkpoint(path, {k: v for k, v in state.items() if k != stem}, {})
+    cfg, model = build(cfg)
+    Checkpointer(model, cfg).load_start(path)
+    assert f"lack a part of the backbone, which starts at random: {stem}\n" in caplog.text
+    cfg, model = build(cfg, "MODEL.BACKBONE.FREEZE_AT", 1)
+    with pytest.raises(FileError, match=rf"stay random, as FREEZE_AT .*: {re.escape(stem)}$"):
+        Checkpointer(model, cfg).load_start(path)
+
+
 @pytest.mark.parametrize("start", [False, True])
 def test_weights_of_something_else(cfg, tmp_path, start):
     """A checkpoint that matches nothing is no random model."""
@@ -496,5 +509,8 @@ def test_first_convolution_of_another_width(tmp_path, cfg, model, caplog, image_
     assert re.search(r"Initialised anew: backbone\.bottom_up\.stem\.conv1\.weight", caplog.text)
     assert torch.equal(stem.weight, before)
     assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
+    frozen, model = build(cfg, "MODEL.BACKBONE.FREEZE_AT", 1)
+    with pytest.raises(FileError, match="to stay random"):
+        Checkpointer(model, frozen).load_start(str(tmp_path / "colour.pkl"))
     with pytest.raises(FileError, match="need another model than the config makes"):
         Checkpointer(other, cfg).load(str(tmp_path / "colour.pkl"))

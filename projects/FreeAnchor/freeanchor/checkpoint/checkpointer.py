@@ -44,8 +44,10 @@ _PIXELS = ("pixel_mean", "pixel_std")
 _MASK_HEAD = "roi_heads.mask_head."
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
-# Weights of a backbone may lack a few tensors, as the offsets of deformable convolutions.
+# Weights of a backbone may lack a few tensors that are trained, which a line of the log names.
 _MOST_MISSING = 0.2
+# Of deformable convolutions, to begin at 0.
+_OFFSET = "_offset."
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -291,10 +293,14 @@ class Checkpointer(DetectionCheckpointer):
                 for k, old, new in incompatible.incorrect_shapes
                 if _PREDICTOR.match(k) or _is_first_convolution(old, new, channels)
             }
-            backbone = _start_of(names, missing)
+            backbone = [k for k in _start_of(names, missing) if _OFFSET not in k]
             lacking = [k for k in backbone if k in missing]
+            frozen = {k for k, x in self.model.named_parameters() if not x.requires_grad}
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
+                "to stay random, as FREEZE_AT of MODEL.BACKBONE or MODEL.TIMM freezes it": [
+                    k for k in backbone if k in frozen and (k in missing or k in fitting)
+                ],
                 "of another shape": [v for k, v in wrong.items() if k not in fitting],
                 "not in the model": [k for k in surplus if _RESNET_TENSOR.search(k)],
             }
@@ -308,6 +314,11 @@ class Checkpointer(DetectionCheckpointer):
                 f"The weights {self.path} are not of this model: they fill "
                 f"{len(names) - len(missing | wrong.keys())} of its {len(names)} tensors. "
                 + "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in problems.items() if keys)
+            )
+        if self._is_start and lacking:
+            self.logger.warning(
+                f"The weights {self.path} lack a part of the backbone, which starts at random: "
+                f"{', '.join(lacking)}"
             )
         initialised = [k for k in names if k in missing or k in wrong]
         self.logger.info(
