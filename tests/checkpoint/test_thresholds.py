@@ -45,6 +45,13 @@ def test_what_weights_are(tmp_path):
     assert read_thresholds(tmp_path, {**same, "c": torch.zeros(0)}) is None
 
 
+def test_masks_switched_off(tmp_path):
+    """The scores of boxes are the same without the head that finds masks."""
+    masks = {"roi_heads.mask_head.predictor.weight": torch.ones(2)}
+    write_thresholds(tmp_path, {**weights(1.0), **masks}, FOUND)
+    assert read_thresholds(tmp_path, weights(1.0)) == FOUND
+
+
 def test_conversion_takes_them_along(tmp_path):
     """Into another folder and format."""
     write_checkpoint(tmp_path / "run" / "model.pth", weights(1.0), {})

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import FileError, shorten
 from .convert import take_average, to_detectron2
-from .converter import is_counter
+from .converter import MASK_HEAD, is_counter
 from .described import BOX_KEYS, described_config, is_described_here, is_same
 from .files import (
     CLASS_NAMES,
@@ -41,7 +41,6 @@ _PREDICTOR = re.compile(
 # Of batch norm: what Caffe2's weights have in the weight and bias instead.
 _STATISTICS = (".running_mean", ".running_var")
 _PIXELS = ("pixel_mean", "pixel_std")
-_MASK_HEAD = "roi_heads.mask_head."
 # A tensor of a block of Detectron2's ResNets, under whatever prefix.
 _RESNET_TENSOR = re.compile(r"(?:^|\.)res\d\.\d+\.")
 # Weights of a backbone may lack a few tensors that are trained, which a line of the log names.
@@ -307,7 +306,7 @@ class Checkpointer(DetectionCheckpointer):
         else:
             # A model that finds masks finds boxes without that head.
             is_boxes_alone = self._is_result and self.cfg and not self.cfg.MODEL.MASK_ON
-            needless = _MASK_HEAD if is_boxes_alone else ()
+            needless = MASK_HEAD if is_boxes_alone else ()
             problems["not in the model"] = [k for k in surplus if not k.startswith(needless)]
         if any(problems.values()):
             raise FileError(

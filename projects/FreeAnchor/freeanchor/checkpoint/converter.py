@@ -15,11 +15,13 @@ from .. import modeling  # noqa: F401  # registers what the configs name
 from ..config import CONFIGS, merge_options, read_config
 from ..errors import FileError, shorten
 
-__all__ = ["Converted", "Converter", "is_counter", "numbered"]
+__all__ = ["MASK_HEAD", "Converted", "Converter", "is_counter", "numbered"]
 
 logger = logging.getLogger(__name__)
 
 BACKBONE = "backbone.bottom_up."
+# Of models that find masks, which find the same boxes without it.
+MASK_HEAD = "roi_heads.mask_head."
 NUM_CLASSES = "MODEL.RETINANET.NUM_CLASSES"
 # The anchors of a location, as in Base-FreeAnchor.yaml. Detectron2 orders them by size first, the
 # others by aspect ratio.

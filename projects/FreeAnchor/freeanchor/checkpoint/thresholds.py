@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from .converter import is_counter
+from .converter import MASK_HEAD, is_counter
 from .files import replacing
 
 __all__ = [
@@ -76,7 +76,7 @@ def write_thresholds(
         FileError: the file cannot be read or written.
     """
     path = Path(folder) / _FILE
-    entries = {**_read(path), checksum(state): thresholds}
+    entries = {**_read(path), _key(state): thresholds}
     content = {key: value._asdict() for key, value in entries.items()}
     with replacing(path) as f:
         f.write(json.dumps(content, indent=1).encode())
@@ -93,7 +93,7 @@ def read_thresholds(folder: str | Path, state: Mapping[str, Tensor]) -> Threshol
         FileError: the file is damaged.
     """
     entries = _read(Path(folder) / _FILE)
-    return entries.get(checksum(state)) if entries else None
+    return entries.get(_key(state)) if entries else None
 
 
 def copy_thresholds(source: str | Path, target: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -122,6 +122,11 @@ def _read(path: Path) -> dict[str, Thresholds]:
         if not all(math.isfinite(v) and 0 <= v < 1 for v in (x.score, *x.classes.values())):
             raise FileError(f"{path} is damaged: scores are from 0 to 1. Remove it")
     return entries
+
+
+def _key(state: Mapping[str, Tensor]) -> str:
+    """What names weights: what the scores depend on."""
+    return checksum({k: v for k, v in state.items() if MASK_HEAD not in k})
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:
