@@ -324,6 +324,8 @@ def test_files_that_are_no_text_in_utf8(yolo, tmp_path, file):
         ("labels/train/a.txt", "0 0.5 0.5 0.1\n", r"a\.txt: .*at least 5"),
         ("labels/train/a.txt", "cat 0.5 0.5 0.1 0.1\n", r"a\.txt: .*class id"),
         ("data.yaml", "names: 5\ntrain: images/train", "`names` must list the classes, and is 5"),
+        ("labels/train/a.txt", "0 0.5 0.5 0.2 0.4 0.9 7", r"a\.txt: .* 7, .* the id of a tracker"),
+        ("labels/train/a.txt", "0 0.1 0.1 0.2 0.1 0.2 0.2 0.9 3", "the id of a tracker"),
         ("data.yaml", "names: {0: a, 2: b}\ntrain: images/train", "numbered from 0, without a gap"),
         ("data.yaml", "names: [a, b]\nval: images/val", "has no `train`"),
         ("data.yaml", "names: [a, b]\ntrain: nowhere", "names 'nowhere', which is not in"),

@@ -181,6 +181,12 @@ def _read_label(
     lines = [x for x in read_lines(label) if x]
     if has_keypoints:
         lines = [" ".join(x.split()[:5]) for x in lines]
+    for number in [x.split()[-1] for x in lines if len(x.split()) > 6]:
+        if number.isdecimal() and int(number) > 1:  # behind a confidence, it would be a point
+            raise DatasetError(
+                f"{label}: a line ends in {number}, which is no share of an image but the id of a "
+                "tracker: leave the ids out"
+            )
     try:
         found = yolo.yolo_annotations_to_detections(lines, size, with_masks=False)
     except ValueError as e:
