@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import FreeAnchorError
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "load_momentum"]
 
 _BOTTOM_UP = "backbone.bottom_up."  # what Detectron2's FPN calls the network under the pyramid
 
@@ -67,3 +67,30 @@ def _scale_backbone(
             if chosen:
                 result.append({**group, "params": chosen, "lr": rate})
     return result
+
+
+def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None) -> list[str]:
+    """Go on with what an optimiser keeps of each parameter; all else is as the config says.
+
+    Args:
+        optimizer: that of this run.
+        state: that of a checkpoint, or None.
+
+    Returns:
+        What starts anew, in words.
+    """
+    if state is None:
+        return ["the momentum of the optimiser"]
+    groups = optimizer.state_dict()["param_groups"]
+    if _kinds(groups) != _kinds(state["param_groups"]):
+        return [
+            "the momentum of this optimiser (another SOLVER.OPTIMIZER, or other groups of "
+            "parameters: BACKBONE_LR_FACTOR, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM or _BIAS)"
+        ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    return []
+
+
+def _kinds(groups: list[dict[str, Any]]) -> list[Any]:
+    """What the state of an optimiser depends on: what is kept of which parameters."""
+    return [("betas" in group, group["params"]) for group in groups]

@@ -15,9 +15,22 @@ from torch import nn
 from ..checkpoint import Thresholds, replacing, write_thresholds
 from ..errors import FileError
 
-__all__ = ["keep_figures", "keep_thresholds", "verify"]
+__all__ = ["add_augmented", "keep_figures", "keep_thresholds", "verify"]
 
 logger = logging.getLogger(__name__)
+
+
+def add_augmented(cfg: CfgNode, results: dict[str, Any], augmented: dict[str, Any]) -> None:
+    """Add the tasks of an evaluation at several scales, as `TASK_TTA`.
+
+    Args:
+        cfg: config of the run.
+        results: by task; with several of `DATASETS.TEST`, by data set and task. So below.
+        augmented: at several scales.
+    """
+    more = _by_dataset(cfg, augmented)
+    for name, tasks in _by_dataset(cfg, results).items():
+        tasks.update({f"{task}_TTA": result for task, result in more[name].items()})
 
 
 def keep_thresholds(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> None:
@@ -26,7 +39,7 @@ def keep_thresholds(cfg: CfgNode, model: nn.Module, results: dict[str, Any]) -> 
     Args:
         cfg: config of the run.
         model: what was evaluated.
-        results: by task; with several of `DATASETS.TEST`, by data set and task. So below.
+        results: see :func:`add_augmented`.
     """
     for name, tasks in _by_dataset(cfg, results).items():
         found = dict(tasks.get("threshold", {}))

@@ -29,10 +29,10 @@ from .hooks import MatchingPictures
 from .learning import LearningCheck
 from .loader import TrainLoader
 from .metrics import MetricsWriter, TolerantWriter
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, load_momentum
 from .precision import inference_autocast, optimize
 from .random_state import random_state, set_random_state
-from .results import keep_figures, keep_thresholds, verify
+from .results import add_augmented, keep_figures, keep_thresholds, verify
 from .step import Request, TrainStep
 
 __all__ = ["Trainer"]
@@ -164,16 +164,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, {"iteration": state["iteration"], "hooks": hooks})
         state = {**state.get("_trainer", {}), **state}  # where Detectron2's main branch has it
         done = state["iteration"] + 1
-        groups = self.optimizer.state_dict()["param_groups"]
-        if "optimizer" not in state:
-            self._lacking.append("the momentum of the optimiser")
-        elif _kinds(groups) != _kinds(state["optimizer"]["param_groups"]):
-            self._lacking.append(
-                "the momentum of this optimiser (another SOLVER.OPTIMIZER, or other groups of "
-                "parameters: BACKBONE_LR_FACTOR, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM or _BIAS)"
-            )
-        else:
-            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self._lacking += load_momentum(self.optimizer, state.get("optimizer"))
         if state.get("grad_scaler"):
             self._trainer.grad_scaler.load_state_dict(state["grad_scaler"])
         self._trainer.skipped = state.get("skipped", 0)
@@ -300,10 +291,7 @@ class Trainer(DefaultTrainer):
                     MultiScaleTest(cfg, model, ImageReader.from_config(cfg).read),
                     [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
                 )
-            several = len(cfg.DATASETS.TEST) > 1  # then the tasks are under the data sets
-            for name in cfg.DATASETS.TEST if several else ("",):
-                tasks, more = (results[name], augmented[name]) if several else (results, augmented)
-                tasks.update({f"{task}_TTA": result for task, result in more.items()})
+            add_augmented(cfg, results, augmented)
         if comm.is_main_process():
             keep_figures(cfg, results)
         return results
@@ -371,11 +359,6 @@ def _resolve_classes(cfg: CfgNode, names: Sequence[str]) -> CfgNode:
     resolve_classes(cfg, names)
     cfg.freeze()
     return cfg
-
-
-def _kinds(groups: list[dict[str, Any]]) -> list[Any]:
-    """What the state of an optimiser depends on: what is kept of which parameters."""
-    return [("betas" in group, group["params"]) for group in groups]
 
 
 def _check_batch(cfg: CfgNode) -> None:
