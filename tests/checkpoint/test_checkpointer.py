@@ -278,6 +278,15 @@ def test_checkpoints_are_detectron2s(tmp_path, cfg, model):
     Checkpointer(model, cfg).load(str(tmp_path / "theirs.pth"))
 
 
+def test_resuming_where_the_best_alone_is_left(tmp_path, cfg, model):
+    """In a script too, it does not start anew, in which the best would be overwritten."""
+    checkpointer = Checkpointer(model, cfg, str(tmp_path))
+    checkpointer.save("model_best")
+    with pytest.raises(FileError, match=r"only model_best\.pth: to train it further, give MODEL"):
+        checkpointer.resume_or_load("", resume=True)
+    checkpointer.resume_or_load("", resume=False)
+
+
 class Backbone(nn.Module):
     """One of the user's own: no `bottom_up`, and a pyramid that may be new."""
 

@@ -23,7 +23,7 @@ from .files import (
     replacing,
     wants_heuristics,
 )
-from .run_folder import BEST, checkpoints_in, newest_whole, tag_last
+from .run_folder import BEST, checkpoints_in, newest_whole, refuse_best_alone, tag_last
 from .timm_weights import from_timm
 
 __all__ = ["Checkpointer"]
@@ -117,10 +117,13 @@ class Checkpointer(DetectionCheckpointer):
         """Resume from the last checkpoint or, without one, load weights to start training from.
 
         Raises:
-            FileError: see :meth:`load` and :meth:`load_start`.
+            FileError: see :meth:`load` and :meth:`load_start`; or the best model is all that is
+                left of a run.
         """
         # Each process would look into its own OUTPUT_DIR, if machines do not share it.
         last = self.get_checkpoint_file() if resume else ""
+        if resume and not last:
+            refuse_best_alone(self.save_dir)
         return self.load(last) if last else self.load_start(path)
 
     def load_start(self, path: str, checkpointables: Sequence[str] | None = ()) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from ..errors import FileError
 from .files import is_whole, remove_unfinished, replacing
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "keep_newest",
     "last_checkpoint",
     "newest_whole",
+    "refuse_best_alone",
     "tag_last",
 ]
 
@@ -60,6 +62,20 @@ def newest_whole(folder: str | Path) -> str:
         damaged.append(str(path))
     # What is wrong with the newest, as an error of the usual kind.
     return str(found[0]) if found else ""
+
+
+def refuse_best_alone(folder: str | Path) -> None:
+    """Refuse to start anew where the best model is all that is left of a run, and would be lost.
+
+    Raises:
+        FileError: there is nothing else.
+    """
+    best = Path(folder) / f"{BEST}.pth"
+    if best.is_file() and not checkpoints_in(folder):
+        raise FileError(
+            f"there is no checkpoint to go on with in {folder}, only {best.name}: to train it "
+            f"further, give MODEL.WEIGHTS {best} and another OUTPUT_DIR, without resuming"
+        )
 
 
 def keep_newest(folder: str | Path, count: int) -> None:

@@ -15,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names, replacing
-from ..checkpoint.run_folder import BEST, LAST, checkpoints_in, last_checkpoint
+from ..checkpoint.run_folder import LAST, checkpoints_in, last_checkpoint, refuse_best_alone
 from ..command_line import add_dataset_argument, number
 from ..config import (
     is_two_stage,
@@ -256,12 +256,8 @@ def _check_place(args: argparse.Namespace, output_dir: str) -> None:
     """Refuse to start anew beside what is left of a run, or one that was moved."""
     if checkpoints_in(output_dir):
         return
-    config, best = Path(args.config_file), Path(output_dir) / f"{BEST}.pth"
-    if best.is_file():
-        raise FreeAnchorError(
-            f"--resume: there is no checkpoint to go on with in {output_dir}, only {best.name}: to "
-            f"train it further, give MODEL.WEIGHTS {best} and another OUTPUT_DIR, without --resume"
-        )
+    refuse_best_alone(output_dir)
+    config = Path(args.config_file)
     if last_checkpoint(config.parent) and "OUTPUT_DIR" not in args.opts:
         raise FreeAnchorError(
             f"--resume: there is no checkpoint in {output_dir}, the OUTPUT_DIR of {config}, but "
