@@ -269,6 +269,16 @@ def test_best_checkpoint_after_a_kill(tiny, monkeypatch):
     assert "gone or damaged" in log(output)
 
 
+@pytest.mark.parametrize("found", [{}, {"bbox": {"AP": float("nan")}}])
+def test_no_best_checkpoint(tiny, monkeypatch, found):
+    """Of a data set without annotations, or without objects, it is said that there is none."""
+    keys = evaluated_as(monkeypatch, [])
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: found)
+    output = tiny(*keys, "SOLVER.MAX_ITER", "1")
+    assert names(output) == ["model_final.pth"]
+    assert "bbox/AP is no number: no model_best.pth is written" in log(output)
+
+
 def test_best_checkpoint_by_another_metric(tiny, monkeypatch):
     """A value of another metric is nothing to be better than."""
     keys = evaluated_as(monkeypatch, [50.0])

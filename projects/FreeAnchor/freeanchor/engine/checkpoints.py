@@ -190,15 +190,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._evaluations_since = 0
 
     def _best_checking(self) -> None:
-        found = self.trainer.storage.latest().get(self._val_metric)
-        if found is None:
-            self._logger.warning(f"{self._val_metric} is not computed: no {BEST}.pth is written")
-            return
-        value, iteration = found
+        nothing = math.nan, self.trainer.iter
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, nothing)
         if math.isfinite(value) and (self.best_metric is None or value > self.best_metric):
             self._save_best(value, iteration)
             return
         if self.best_metric is None:
+            self._logger.warning(f"{self._val_metric} is no number: no {BEST}.pth is written")
             return
         self._evaluations_since += 1
         self._logger.info(
