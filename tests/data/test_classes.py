@@ -84,18 +84,25 @@ def test_classes_of_the_model_come_first(cfg, coco):
 def test_some_of_the_classes(open_cfg, coco, caplog):
     """A data set may have fewer; which ones it lacks is said."""
     train, val = register(coco), register(coco, name="val", category_ids=(2, 3))
-    data.resolve_classes(open_cfg, [train, val])
+    for _ in range(2):  # as train_net.py does, and what it launches
+        data.resolve_classes(open_cfg, [train, val])
     assert MetadataCatalog.get(val).thing_dataset_id_to_contiguous_id == {2: 1, 3: 2}
     data.report_findings([val])
-    assert "it does not have these classes of the model: 'class 1'" in caplog.text
+    (said,) = [x for x in caplog.messages if "does not have these classes" in x]
+    assert "of the model: 'class 1'; they are not evaluated" in said
 
 
 def test_classes_that_the_model_lacks(open_cfg, coco):
     """Their boxes could not be found: the message says what is surplus and what is missing."""
     train, val = register(coco), register(coco, name="val", category_ids=(1, 2, 4))
     expected = r"val\.json has classes that train does not have: 'class 4'; it lacks 'class 3'"
-    with pytest.raises(DatasetError, match=expected):
+    with pytest.raises(DatasetError, match=expected) as error:
         data.resolve_classes(open_cfg, [train, val])
+    # What the message says is taken.
+    key, value = str(error.value).rstrip('"').rsplit(" by ", 1)[1].split(' "')
+    open_cfg.merge_from_list([key, value])
+    data.resolve_classes(open_cfg, [train, val])
+    assert open_cfg.MODEL.RETINANET.NUM_CLASSES == 4
 
 
 def test_classes_in_another_case(open_cfg, coco):

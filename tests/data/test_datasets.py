@@ -184,3 +184,55 @@ def test_no_usable_box(coco, annotations, expected):
     with pytest.raises(DatasetError, match=expected) as error:
         data.load_training_set([name], filter_empty=True)
     assert str(path) in message(error)
+
+
+# Images of several data sets
+
+
+@pytest.fixture
+def of_two_tools(coco, tmp_path):
+    """Two files of the same images, by folders that are written in two ways, and their objects."""
+    name, path, images = coco()
+    content = json.loads(Path(path).read_text())
+    other = tmp_path / "other.json"
+    folder = tmp_path / "link"
+    folder.symlink_to(images)
+
+    def write(change):
+        annotations = [x for x in map(change, content["annotations"]) if x]
+        other.write_text(json.dumps({**content, "annotations": annotations}))
+        data.register_datasets([(name, path, images), ("other", str(other), str(folder))])
+        return name, "other"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x if x["id"] > 1 else None,
+        lambda x: {**x, "category_id": 1},
+        lambda x: {**x, "bbox": [5, 5, 9, 9]},
+    ],
+    ids=["fewer", "another class", "another box"],
+)
+def test_image_with_other_objects_in_another_training_set(of_two_tools, change):
+    """What one file lacks would be background in it."""
+    names = of_two_tools(change)
+    with pytest.raises(DatasetError, match=r"images are in .*train\.json and with other obj.*png"):
+        data.check_overlap(names, ())
+
+
+def test_image_twice(of_two_tools, caplog):
+    """A data set twice, or one that is part of another, is trained on more often."""
+    names = of_two_tools(lambda x: x)
+    data.check_overlap([*names, names[0]], ())
+    assert not caplog.messages
+
+
+def test_test_set_that_is_trained_on(of_two_tools, caplog):
+    """How many of its images are; whatever their objects."""
+    train, test = of_two_tools(lambda x: x if x["id"] > 1 else None)
+    data.check_overlap([train], [test])
+    (said,) = caplog.messages
+    assert "other.json: 4 of its images are trained on" in said

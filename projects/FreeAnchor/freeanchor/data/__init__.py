@@ -6,7 +6,7 @@ from .checking import check_dataset
 from .classes import NUM_CLASSES_FROM_DATA, resolve_classes
 from .coco import read_coco
 from .coco_file import CocoFile
-from .datasets import check_images, load_training_set, report_findings
+from .datasets import check_images, check_overlap, load_training_set, report_findings
 from .images import IMAGE_SUFFIXES, ImageReader, num_channels, read_image
 from .mapper import Mapper
 from .masks import decode_mask, encode_mask
@@ -25,6 +25,7 @@ __all__ = [
     "best_anchor_iou",
     "check_dataset",
     "check_images",
+    "check_overlap",
     "decode_mask",
     "encode_mask",
     "import_boxes",

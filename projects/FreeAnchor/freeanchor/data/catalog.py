@@ -47,6 +47,12 @@ class Dataset:
         """What Detectron2's catalogue knows of it."""
         return MetadataCatalog.get(self.name)
 
+    def image_files(self) -> list[str]:
+        """The file of each image."""
+        if self.is_coco:
+            return self._read().file_names
+        return [x["file_name"] for x in self._load()]
+
     def use_masks(self, wanted: bool) -> None:
         """Have the records the masks of objects, or boxes alone, which is how it begins."""
         if wanted != self._has_masks:
@@ -151,7 +157,7 @@ class Dataset:
         if not self._is_reported:
             self._is_reported = True
             findings = self._read().findings if self.is_coco else self.findings
-            for line in [*findings.lines(), *self.notes]:
+            for line in dict.fromkeys([*findings.lines(), *self.notes]):
                 logger.warning(f"{file_of(self.name)}: {line}")
 
 

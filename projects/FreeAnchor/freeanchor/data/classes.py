@@ -52,8 +52,15 @@ def resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
                 f"{key} is {number}, but {names[0]} has {len(model)} classes: leave the key out "
                 "(in a script set it to 0) to take the number from the data"
             )
+    if cfg.MODEL.FREEANCHOR.CLASS_NAMES:
+        remedy = (
+            f'train a model for it (MODEL.FREEANCHOR.CLASS_NAMES "[]" {key} 0 takes its classes)'
+        )
+    else:
+        of_all = list(dict.fromkeys(x for dataset in datasets for x in dataset.classes()))
+        remedy = f'have a model for all of them by MODEL.FREEANCHOR.CLASS_NAMES "{of_all}"'
     for dataset in datasets:
-        _check_match(dataset, model, whose, key)
+        _check_match(dataset, model, whose, remedy)
         dataset.match(model)
     cfg.MODEL.FREEANCHOR.CLASS_NAMES = model
     node.NUM_CLASSES = len(model)
@@ -70,7 +77,7 @@ def _choose_masks(cfg: CfgNode, datasets: Sequence[Dataset]) -> None:
         dataset.use_masks(cfg.MODEL.MASK_ON)
 
 
-def _check_match(dataset: Dataset, model: Sequence[str], whose: str, key: str) -> None:
+def _check_match(dataset: Dataset, model: Sequence[str], whose: str, remedy: str) -> None:
     own = list(dataset.classes())
     surplus, missing = [x for x in own if x not in model], [x for x in model if x not in own]
     if surplus:
@@ -89,12 +96,12 @@ def _check_match(dataset: Dataset, model: Sequence[str], whose: str, key: str) -
             f"{_list(surplus or own)}; "
             + (f"it lacks {_list(missing)}; " if missing else "")
             + ("write them alike, also in case, " if alike else "")
-            + "correct its `categories`, or train a model for it "
-            f'(MODEL.FREEANCHOR.CLASS_NAMES "[]" {key} 0 takes its classes)'
+            + f"correct its `categories`, or {remedy}"
         )
     if missing:
         dataset.notes.append(
-            f"it does not have these classes of the model: {_list(missing)}; they are not evaluated"
+            f"it does not have these classes of the model: {_list(missing)}; they are not "
+            "evaluated, and in training what is of them is background"
         )
 
 

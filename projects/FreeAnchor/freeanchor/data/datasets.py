@@ -1,20 +1,27 @@
 """The data sets of a run: loaded for training, and checked before any work is done."""
 
+import functools
+import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
+from detectron2.structures import BoxMode
 
 from ..errors import DatasetError, shorten
 from .catalog import file_of, take_over
 from .images import ImageReader, ImageState
 
-__all__ = ["check_images", "load_training_set", "report_findings", "sum_up"]
+__all__ = ["check_images", "check_overlap", "load_training_set", "report_findings", "sum_up"]
+
+logger = logging.getLogger(__name__)
 
 # 16-bit images whose largest value is below would become nearly black.
 _LOW_16_BIT = 16384
@@ -63,6 +70,61 @@ def report_findings(names: Sequence[str]) -> None:
         if not dataset.is_coco:
             dataset()
         dataset.report()
+
+
+def check_overlap(training: Sequence[str], test: Sequence[str]) -> None:
+    """Find images that several data sets have.
+
+    In two training sets with other objects, as of two tools, what one of them lacks would be
+    background there. The figures of a test set that is trained on are pointed out.
+
+    Args:
+        training: registered data sets.
+        test: those that are evaluated.
+
+    Raises:
+        DatasetError: training sets have other objects in the same image.
+    """
+    owner: dict[str, str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys(training):
+        for path in _files(name):
+            if path in owner:
+                shared.setdefault((owner[path], name), []).append(path)
+            owner.setdefault(path, name)
+    for (first, second), paths in shared.items():
+        objects, others = _objects(first), _objects(second)
+        if differing := [x for x in paths if objects[x] != others[x]]:
+            raise DatasetError(
+                f"{len(differing)} images are in {file_of(first)} and with other objects in "
+                f"{file_of(second)}, as {differing[0]}: what one of them lacks would be background "
+                "there. Put all objects of an image into one file"
+            )
+    for name in dict.fromkeys(test):
+        if both := [x for x in _files(name) if x in owner]:
+            logger.warning(
+                f"{file_of(name)}: {len(both)} of its images are trained on, as {both[0]} of "
+                f"{file_of(owner[both[0]])}: what is measured on them does not hold for others"
+            )
+
+
+def _files(name: str) -> list[str]:
+    """The file of each image of a data set, by one path however its folder is written."""
+    real = functools.cache(os.path.realpath)  # of folders, which are few
+    paths = map(os.path.split, take_over(name).image_files())
+    return [os.path.join(real(folder), file) for folder, file in paths]
+
+
+def _objects(name: str) -> dict[str, list[Any]]:
+    """The objects of each file, to be compared."""
+    boxes = {
+        path: [
+            (x["category_id"], BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS))
+            for x in record.get("annotations", ())
+        ]
+        for path, record in zip(_files(name), take_over(name)())
+    }
+    return {path: sorted((c, *np.round(x, 1)) for c, x in boxes[path]) for path in boxes}
 
 
 def check_images(names: Sequence[str], reader: ImageReader | None = None) -> None:

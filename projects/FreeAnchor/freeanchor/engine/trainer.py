@@ -18,7 +18,14 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import Checkpointer, checksum
-from ..data import ImageReader, Mapper, load_training_set, report_findings, resolve_classes
+from ..data import (
+    ImageReader,
+    Mapper,
+    check_overlap,
+    load_training_set,
+    report_findings,
+    resolve_classes,
+)
 from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..modeling import BagDetector, MultiScaleTest, has_bags, without_ddp
 from ..values import building
@@ -69,6 +76,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             report_findings(names)
         check_config(cfg, training=True)
+        check_overlap(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
         self._unscaled = cfg
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_batch(cfg)
