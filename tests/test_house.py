@@ -1,5 +1,6 @@
 """The package as a whole: its floors, its public names, its command line."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -9,7 +10,7 @@ import sys
 import freeanchor
 import pytest
 from conftest import REPOSITORY
-from freeanchor.__main__ import main
+from freeanchor.__main__ import _COMMANDS, main
 
 PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
 # From the ground up. What is on one floor does not import each other.
@@ -141,6 +142,16 @@ def test_help_lists_the_commands(capsys):
             main([command, "--help"])
         assert status.value.code == 0
         assert f"usage: freeanchor {command}" in capsys.readouterr().out
+
+
+def test_help_says_the_defaults():
+    """Of every option that has one."""
+    for command, (_, add_arguments, _) in _COMMANDS.items():
+        parser = argparse.ArgumentParser(add_help=False)
+        add_arguments(parser)
+        for action in parser._actions:
+            if action.default not in (None, False, "", []):
+                assert "(default: " in (action.help or ""), (command, action.dest)
 
 
 def test_help_imports_nothing_heavy(tmp_path):

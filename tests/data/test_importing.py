@@ -393,3 +393,11 @@ def test_boxes_that_are_not_what_is_said(coco, tmp_path):
         main(["import", "--boxes", "xyxy", path, str(tmp_path / "out.json"), "--images", "x"])
     with pytest.raises(SystemExit, match="is the file that is to be read"):
         main(["import", "--boxes", "xyxy", path, path])
+
+
+@pytest.mark.parametrize("kind", [["--from", "voc"], ["--from", "yolo"], ["--boxes", "xyxy"]])
+def test_source_that_is_not_there(kind, tmp_path):
+    """It is named."""
+    source = str(tmp_path / "data.yaml")
+    with pytest.raises(SystemExit, match=f"^freeanchor import: there is no {source}$"):
+        main(["import", *kind, source, str(tmp_path / "out.json")])

@@ -169,7 +169,7 @@ def test_sources(run_folder, predictor, images, tmp_path):
 def test_newest_weights(run_folder, tmp_path):
     """Of a run's checkpoints the last is taken, and nothing outside its folder."""
     (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
-    with pytest.raises(FileError, match="has saved no checkpoint"):
+    with pytest.raises(FileError, match="has saved no checkpoint, or this is of an evaluation"):
         Predictor(tmp_path)
     data = (run_folder / "model_final.pth").read_bytes()
     (tmp_path / "model_0000001.pth").write_bytes(data)

@@ -137,6 +137,9 @@ def test_second_run_into_a_folder(tiny):
     assert (output / "model_final.pth").read_bytes() == before
     tiny("--resume", "SOLVER.MAX_ITER", "4")
     assert "Starting training from iteration 2" in log(output)
+    assert "Nothing is left to train" not in log(output)
+    tiny("--resume", "SOLVER.MAX_ITER", "3")
+    assert "SOLVER.MAX_ITER 3 is of the whole run, of which 4 iterations are done" in log(output)
 
 
 def test_run_that_was_moved(tiny, train_net, tmp_path):

@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import Checkpointer, convert, read_checkpoint
 from freeanchor.config import read_config
-from freeanchor.engine import Trainer
+from freeanchor.engine import Trainer, argument_parser, build_config, defaults
 from freeanchor.visualization import Run, read_metrics, read_run
 
 MMDET = GOLDEN / "mmdet_r50.pth"
@@ -547,3 +547,17 @@ def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, seve
     for folder in ("inference", "inference_TTA"):
         path = tmp_path / "output" / folder / "val" / "coco_instances_results.json"
         assert json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("options", [[], ["MODEL.DEVICE", "cpu"]])
+def test_config_of_a_machine_without_gpu(tmp_path, cfg, dataset, monkeypatch, options):
+    """The CPU that its config names is not used beside a GPU without a word, unless it is given."""
+    path = tmp_path / "config.yaml"
+    cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = "cpu", (dataset[0],), ()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    path.write_text(cfg.dump())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = argument_parser().parse_args(["--config-file", str(path), *options])
+    said = defaults._device_warning(build_config(args), args)
+    assert bool(said) == (not options)
+    assert not said or f"as {path} says" in said

@@ -28,7 +28,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR of train_net.py")
     _add_run_options(parser)
-    parser.add_argument("--num-images", type=number(int), default=8)
+    parser.add_argument(
+        "--num-images", type=number(int), default=8, help="of each data set (default: 8)"
+    )
     parser.add_argument(
         "--score-thresh",
         type=number(float, 0, 1),
@@ -119,6 +121,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> None:
     from .data import import_boxes, import_voc, import_yolo
 
+    if not args.source.exists():
+        raise FreeAnchorError(f"there is no {args.source}")
     if args.boxes:
         if args.images or args.split:
             raise FreeAnchorError("--images and --split go with --from, not with --boxes")
@@ -163,9 +167,10 @@ def _replay(args: argparse.Namespace) -> None:
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--num-train", type=number(int), default=400)
-    parser.add_argument("--num-val", type=number(int), default=80)
-    parser.add_argument("--seed", type=number(int), default=0)
+    for option, default in (("--num-train", 400), ("--num-val", 80), ("--seed", 0)):
+        parser.add_argument(
+            option, type=number(int), default=default, help="(default: %(default)s)"
+        )
     parser.add_argument("--masks", action="store_true", help="with the masks of the objects")
 
 

@@ -28,7 +28,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         help="image or video files, folders, patterns with *, the number of a camera, or - for a "
         "list of images on standard input",
     )
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("predictions"),
+        help="folder to write to (default: predictions)",
+    )
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -46,7 +51,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="CLASS", help="only these, names or indices"
     )
-    parser.add_argument("--batch-size", type=number(int, 1), default=1)
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), default=1, help="images at a time (default: 1)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda, if there is a GPU)")
     parser.add_argument("--aug", action="store_true", help="detect at the scales of TEST.AUG")
     add_options_argument(parser, "the config of the model")
@@ -132,7 +139,12 @@ def _serve(args: argparse.Namespace) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
     parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument("--format", default="onnx", choices=["onnx", "torchscript", "torch-export"])
+    parser.add_argument(
+        "--format",
+        default="onnx",
+        choices=["onnx", "torchscript", "torch-export"],
+        help="of the file (default: onnx)",
+    )
     parser.add_argument(
         "--no-nms",
         action="store_true",

@@ -102,7 +102,8 @@ def _newest_weights(folder: Path) -> Path:
             return path
     raise FileError(
         f"{folder} has none of the weights {', '.join(x.name for x in candidates)}: the "
-        "training has saved no checkpoint"
+        "training has saved no checkpoint, or this is of an evaluation alone: give the folder of "
+        "the training"
     )
 
 

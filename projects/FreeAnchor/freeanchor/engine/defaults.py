@@ -276,6 +276,18 @@ def _check_output(output_dir: str) -> None:
             )
 
 
+def _device_warning(cfg: CfgNode, args: argparse.Namespace) -> str:
+    """What to say of a run that no GPU is used for, empty if one is or none is wanted."""
+    if not torch.cuda.is_available():
+        return "There is no CUDA GPU: running on the CPU"
+    if cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE" not in args.opts:
+        return (
+            f"Running on the CPU, as {args.config_file} says, perhaps of a machine without a GPU: "
+            "add MODEL.DEVICE cuda to use the GPU of this one"
+        )
+    return ""
+
+
 def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
     """What to say of a learning rate that is for larger batches, empty if it is not.
 
@@ -324,8 +336,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))
-    if not torch.cuda.is_available():
-        logger.warning("There is no CUDA GPU: running on the CPU")
+    if warning := _device_warning(cfg, args):
+        logger.warning(warning)
     if not args.eval_only:
         scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         if warning := _learning_rate_warning(scaled, read_config(args.config_file)):

@@ -212,6 +212,11 @@ class Trainer(DefaultTrainer):
         """
         keep_config(self._unscaled)
         logger.info(f"Starting training from iteration {self.start_iter}")
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                f"Nothing is left to train: SOLVER.MAX_ITER {self.max_iter} is of the whole run, "
+                f"of which {self.start_iter} iterations are done. A larger one goes on"
+            )
         self.iter = self.start_iter
         with EventStorage(self.start_iter) as self.storage, self._checkpoints.answering_signals():
             try:
