@@ -11,6 +11,7 @@ import freeanchor
 import pytest
 from conftest import REPOSITORY
 from freeanchor.__main__ import _COMMANDS, main
+from freeanchor.config import new_config
 
 PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
 # From the ground up. What is on one floor does not import each other.
@@ -108,6 +109,34 @@ def test_names_in_the_documents():
                 except ModuleNotFoundError:
                     known = False
                 assert known, f"{path.name} imports {name} from {module.__name__}"
+
+
+def test_keys_and_configs_of_the_documents():
+    """Every key and every config that README and docs name is there."""
+    cfg = new_config()
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        text = path.read_text()
+        parts = "MODEL|INPUT|DATASETS|DATALOADER|SOLVER|TEST"
+        for key in set(re.findall(rf"\b((?:{parts})(?:\.[A-Z0-9_]+)+)\b", text)):
+            node = cfg
+            for name in key.split("."):
+                assert name in node, f"{path.name} names {key}"
+                node = node[name]
+        for config in set(re.findall(r"\bconfigs/[\w/-]+\.(?:yaml|py)", text)):
+            assert (REPOSITORY / config).is_file(), f"{path.name} names {config}"
+
+
+def test_every_key_is_described():
+    """In config.py, to which README sends for them: a comment stands before each."""
+    source = (PACKAGE / "config.py").read_text().splitlines()
+    keys = [i for i, line in enumerate(source) if re.match(r" +cfg(\.[A-Z0-9_]+)+ = ", line)]
+    assert len(keys) > 30
+    for i in keys:
+        above = i - 1
+        while source[above].strip().startswith(("if ", "cfg.MODEL.")):
+            assert source[above].endswith(("CfgNode()", ":")), source[i]
+            above -= 1
+        assert source[above].strip().startswith("#") or source[i].endswith("CfgNode()"), source[i]
 
 
 def test_links_of_the_documents():

@@ -115,7 +115,9 @@ def _onnx(detector: Detector, about: dict[str, Any], path: Path) -> None:
     try:
         import onnx
     except ModuleNotFoundError as e:
-        raise FreeAnchorError("to export ONNX, install onnx: pip install freeanchor[export]") from e
+        raise FreeAnchorError(
+            "to export ONNX, install onnx: pip install 'freeanchor[export]'"
+        ) from e
     outputs: list[str] = about["outputs"]
     torch.onnx.export(
         detector,
