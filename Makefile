@@ -85,7 +85,7 @@ cuda: setup
 
 demo: setup
 	@$(PY) -m freeanchor shapes $(DEMO)/data
-	@rm -f $(DEMO)/last_checkpoint $(DEMO)/metrics.json $(DEMO)/model_*.pth  # of a demo before
+	@rm -f $(addprefix $(DEMO)/,last_checkpoint metrics.json model_*.pth inference/results.json)
 	@$(PY) train_net.py --config-file configs/quick/free_anchor_R_18_FPN.yaml \
 	--dataset shapes_train $(DEMO)/data/train.json $(DEMO)/data/images \
 	--dataset shapes_val $(DEMO)/data/val.json $(DEMO)/data/images \

@@ -142,6 +142,14 @@ def test_second_run_into_a_folder(tiny):
     assert "SOLVER.MAX_ITER 3 is of the whole run, of which 4 iterations are done" in log(output)
 
 
+def test_training_into_the_folder_of_an_evaluation(tiny, tmp_path):
+    """It is refused: a report would show what other weights have found."""
+    (tmp_path / "output" / "inference").mkdir(parents=True)
+    (tmp_path / "output" / "inference" / "results.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"holds a run already \(results\.json\)"):
+        tiny()
+
+
 def test_run_that_was_moved(tiny, train_net, tmp_path):
     """Its config names the folder where it was: --resume does not start anew there."""
     moved = tmp_path / "moved"

@@ -32,7 +32,9 @@ def resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
             the model does not have.
     """
     if not names:
-        raise DatasetError("there is no data set: name one in DATASETS.TRAIN or DATASETS.TEST")
+        raise DatasetError(
+            "there is no data set: name one in DATASETS.TRAIN, or with --eval-only in DATASETS.TEST"
+        )
     datasets = [take_over(name) for name in names]
     _choose_masks(cfg, datasets)
     model = [str(x) for x in cfg.MODEL.FREEANCHOR.CLASS_NAMES]

@@ -266,9 +266,10 @@ def _check_place(args: argparse.Namespace, output_dir: str) -> None:
 
 
 def _check_output(output_dir: str) -> None:
-    """Refuse to mix two runs in one folder."""
+    """Refuse to mix two runs in one folder, or a training with what other weights have found."""
     folder = Path(output_dir)
-    for path in (folder / LAST, *folder.glob("model_*.pth"), folder / "metrics.json"):
+    left = (folder / LAST, *folder.glob("model_*.pth"), folder / "metrics.json")
+    for path in (*left, folder / "inference" / "results.json"):
         if path.is_file() and path.stat().st_size:
             raise FreeAnchorError(
                 f"OUTPUT_DIR {output_dir} holds a run already ({path.name}): add --resume to go on "
