@@ -1,6 +1,7 @@
 """Detections in images, by a trained model."""
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -169,15 +170,20 @@ def test_sources(run_folder, predictor, images, tmp_path):
 def test_newest_weights(run_folder, tmp_path):
     """Of a run's checkpoints the last is taken, and nothing outside its folder."""
     (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
-    with pytest.raises(FileError, match="has saved no checkpoint, or this is of an evaluation"):
+    with pytest.raises(FileError, match="has no checkpoint of its training; if it is of an eval"):
         Predictor(tmp_path)
     data = (run_folder / "model_final.pth").read_bytes()
+    (tmp_path / "model_best.pth").write_bytes(data)
+    with pytest.raises(FileError, match=r"only model_best\.pth: name that file"):
+        Predictor(tmp_path)
     (tmp_path / "model_0000001.pth").write_bytes(data)
     (tmp_path / "last_checkpoint").write_text("../../model_0000001.pth")
     assert str(tmp_path / "model_0000001.pth") == Predictor(tmp_path).cfg.MODEL.WEIGHTS
     (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "model_final.pth").write_bytes(data)
     assert str(tmp_path / "model_final.pth") == Predictor(tmp_path).cfg.MODEL.WEIGHTS
+    os.utime(tmp_path / "model_final.pth", (1, 1))  # the run went on from it
+    assert str(tmp_path / "model_0000001.pth") == Predictor(tmp_path).cfg.MODEL.WEIGHTS
 
 
 def test_wrong_sources(run_folder, tmp_path):

@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import model_zoo
 from ..checkpoint import config_beside, find
-from ..checkpoint.run_folder import last_checkpoint
+from ..checkpoint.run_folder import BEST, checkpoints_in
 from ..config import CONFIGS, read_config, scored_part
 from ..errors import FileError
 
@@ -94,16 +94,18 @@ def _read(source: Path) -> CfgNode:
 
 
 def _newest_weights(folder: Path) -> Path:
-    """The weights of a run: those saved last, or where nothing tells, the final ones."""
-    final = [folder / f"model_final{suffix}" for suffix in _WEIGHTS]
-    candidates = [x for x in (last_checkpoint(folder), *final) if x is not None]
-    for path in candidates:
+    """The weights of a run: what `--resume` would go on from, or else those exported in the end."""
+    for path in (*checkpoints_in(folder), folder / "model_final.safetensors"):
         if path.is_file():
             return path
+    best = folder / f"{BEST}.pth"
     raise FileError(
-        f"{folder} has none of the weights {', '.join(x.name for x in candidates)}: the "
-        "training has saved no checkpoint, or this is of an evaluation alone: give the folder of "
-        "the training"
+        f"{folder} has no checkpoint of its training"
+        + (
+            f", only {best.name}: name that file"
+            if best.is_file()
+            else "; if it is of an evaluation alone, give the folder of the training"
+        )
     )
 
 
