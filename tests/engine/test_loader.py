@@ -68,6 +68,14 @@ def test_goes_on_anywhere(grouping, num_workers):
     assert batches(second, 7) == expected[5:]
 
 
+def test_other_images_are_said(caplog):
+    """A run that goes on with more of them, or fewer, is not the one that began."""
+    first = TrainLoader(config(), RECORDS, draw)
+    for records, is_said in ((RECORDS, False), (RECORDS[:-1], True)):
+        TrainLoader(config(), records, draw).load_state_dict(first.state_dict())
+        assert (f"has {len(records)} images instead of {NUM_IMAGES}" in caplog.text) == is_said
+
+
 def test_leaves_the_random_numbers_alone():
     """Those of the model do not depend on who loads the images."""
     seed_all_rng(3)

@@ -5,6 +5,7 @@ or how they are augmented: so a run can go on anywhere, and with other numbers.
 """
 
 import itertools
+import logging
 import random
 import signal
 import threading
@@ -28,6 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import FreeAnchorError
 
 __all__ = ["TrainLoader"]
+
+logger = logging.getLogger(__name__)
 
 # An image in the endless stream of a training: its place there, and its index in the data set.
 _Place = tuple[int, int]
@@ -106,10 +109,17 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The order of the images, and how far it was followed."""
-        return {"seed": self.seed, "seen": [list(x) for x in self._seen]}
+        seen = [list(x) for x in self._seen]
+        return {"seed": self.seed, "seen": seen, "images": len(self.records)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another run stopped, possibly with another batch size."""
+        before, now = state.get("images", len(self.records)), len(self.records)
+        if before != now:
+            logger.warning(
+                f"The training set has {now} images instead of {before}: they come in another "
+                "order, so that the run is not identical to an uninterrupted one"
+            )
         self.seed = state["seed"]
         self._seen = [list(x) for x in state["seen"]]
         if self._seen[-1][0] != self.cfg.SOLVER.IMS_PER_BATCH:
