@@ -122,7 +122,7 @@ def test_a_part_of_the_backbone(cfg, tmp_path, caplog):
     Checkpointer(model, cfg).load_start(path)
     assert f"lack a part of the backbone, which starts at random: {stem}\n" in caplog.text
     cfg, model = build(cfg, "MODEL.BACKBONE.FREEZE_AT", 1)
-    with pytest.raises(FileError, match=rf"stay random, as FREEZE_AT .*: {re.escape(stem)}$"):
+    with pytest.raises(FileError, match=rf"frozen by FREEZE_AT .*, but random: {re.escape(stem)}$"):
         Checkpointer(model, cfg).load_start(path)
 
 
@@ -519,7 +519,7 @@ def test_first_convolution_of_another_width(tmp_path, cfg, model, caplog, image_
     assert torch.equal(stem.weight, before)
     assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
     frozen, model = build(cfg, "MODEL.BACKBONE.FREEZE_AT", 1)
-    with pytest.raises(FileError, match="to stay random"):
+    with pytest.raises(FileError, match="frozen by FREEZE_AT"):
         Checkpointer(model, frozen).load_start(str(tmp_path / "colour.pkl"))
     with pytest.raises(FileError, match="need another model than the config makes"):
         Checkpointer(other, cfg).load(str(tmp_path / "colour.pkl"))

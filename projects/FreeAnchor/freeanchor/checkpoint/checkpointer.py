@@ -300,7 +300,7 @@ class Checkpointer(DetectionCheckpointer):
             frozen = {k for k, x in self.model.named_parameters() if not x.requires_grad}
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
-                "to stay random, as FREEZE_AT of MODEL.BACKBONE or MODEL.TIMM freezes it": [
+                "frozen by FREEZE_AT of MODEL.BACKBONE or MODEL.TIMM, but random": [
                     k for k in backbone if k in frozen and (k in missing or k in fitting)
                 ],
                 "of another shape": [v for k, v in wrong.items() if k not in fitting],
