@@ -1,5 +1,7 @@
 """Pictures of arrays and records."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,18 @@ def test_letters_of_other_fonts(monkeypatch):
     labels.make_legible([text])
     assert text.get_text() == r"a細b\u80de"
     assert text.get_fontfamily() == ["sans-serif", "DejaVu Serif"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((97, 0x7D30), "a細"), ((10, 97), "a"), ((97, 0x7D30, 0xD800), "")],
+    ids=["letters", "a line break", "boxes for all there is"],
+)
+def test_what_a_font_can_draw(monkeypatch, codes, expected):
+    """What is not seen, or the same for all characters, tells no names apart."""
+    font = SimpleNamespace(get_charmap=lambda: dict.fromkeys(codes, 1))
+    monkeypatch.setattr(font_manager, "get_font", lambda name: font)
+    assert labels._characters(str(codes)) == set(expected)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,21 @@ from matplotlib.text import Text
 
 __all__ = ["find_font", "make_legible"]
 
+# Some fonts have these, as nothing that is seen.
+_CONTROL = frozenset(map(chr, range(32)))
+_SURROGATE = 0xD800  # no character of its own
+
 
 @cache
 def _characters(font: str) -> frozenset[str]:
     """What the font of a file can draw."""
     try:
-        return frozenset(map(chr, font_manager.get_font(font).get_charmap()))
+        codes = font_manager.get_font(font).get_charmap()
     except (OSError, RuntimeError, ValueError):  # a damaged font of the system
         return frozenset()
+    if _SURROGATE in codes:  # as Matplotlib's font of last resort, with one box for all of a script
+        return frozenset()
+    return frozenset(map(chr, codes)) - _CONTROL
 
 
 def make_legible(texts: Iterable[Text]) -> None:
