@@ -243,6 +243,6 @@ def test_errors(run_folder, predictor, tmp_path, monkeypatch):
     with pytest.raises(FreeAnchorError, match="cannot be written"):
         export(predictor, tmp_path / "file" / "x.pt", "torchscript")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(FreeAnchorError, match=r"pip install freeanchor\[export\]"):
+    with pytest.raises(FreeAnchorError, match=r"pip install 'freeanchor\[export\]"):
         export(predictor, tmp_path / "x.onnx")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["file"]

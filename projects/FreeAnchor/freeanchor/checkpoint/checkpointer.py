@@ -301,7 +301,7 @@ class Checkpointer(DetectionCheckpointer):
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
                 "frozen by FREEZE_AT of MODEL.BACKBONE or MODEL.TIMM, but random": [
-                    k for k in backbone if k in frozen and (k in missing or k in fitting)
+                    k for k in lacking if k in frozen
                 ],
                 "of another shape": [v for k, v in wrong.items() if k not in fitting],
                 "not in the model": [k for k in surplus if _RESNET_TENSOR.search(k)],
