@@ -495,11 +495,85 @@ def test_training_from_a_detector_with_other_names(tmp_path, cfg, model, caplog)
     Checkpointer(model, with_classes(cfg, "a", "b", "c"), str(tmp_path)).save("own")
     other = build_model(cfg)
     before = other.head.cls_score.weight.clone()
-    Checkpointer(other, with_classes(cfg, "c", "b", "a")).load_start(str(tmp_path / "own.pth"))
+    Checkpointer(other, with_classes(cfg, "d", "e", "f")).load_start(str(tmp_path / "own.pth"))
     assert "are for other classes: ['a', 'b', 'c']" in caplog.text
     assert "Initialised anew: head.cls_score.weight, head.cls_score.bias" in caplog.text
     assert torch.equal(other.head.cls_score.weight, before)
     assert torch.equal(other.head.bbox_pred.weight, model.head.bbox_pred.weight)
+
+
+@pytest.mark.parametrize("names", ["cab", "cdae", "b"])
+def test_classes_that_the_weights_know(tmp_path, cfg, caplog, names):
+    """They keep their scores, in whatever place; new ones have those of the initialisation."""
+    path, state = saved(tmp_path, cfg)
+    write_checkpoint(path, state, described_config(with_classes(cfg, "a", "b", "c")))
+    cfg, model = build(cfg, "MODEL.RETINANET.NUM_CLASSES", len(names))
+    initial = model.head.cls_score.weight.unflatten(0, (-1, len(names))).clone()
+    Checkpointer(model, with_classes(cfg, *names)).load_start(path)
+    theirs = {k: state[f"head.cls_score.{k}"].unflatten(0, (-1, 3)) for k in ("weight", "bias")}
+    ours = {k: v.unflatten(0, (-1, len(names))) for k, v in model.head.cls_score.named_parameters()}
+    for i, name in enumerate(names):
+        if name in "abc":
+            assert all(torch.equal(ours[k][:, i], theirs[k][:, "abc".index(name)]) for k in ours)
+        else:
+            assert torch.equal(ours["weight"][:, i], initial[:, i])
+            assert ours["bias"][:, i].sigmoid().allclose(torch.tensor(0.02))
+    known, anew = ([x for x in names if (x in "abc") == is_known] for is_known in (True, False))
+    message = f"{', '.join(known)} keep what {path} has learned of them"
+    message += f", and {', '.join(anew)} start anew" if anew else ""
+    assert f"{message}: head.cls_score.weight, head.cls_score.bias" in caplog.text
+    assert loaded_names(model, state) >= model.state_dict().keys() - {
+        "head.cls_score.weight",
+        "head.cls_score.bias",
+    }
+
+
+def test_known_classes_of_other_anchors(tmp_path, cfg):
+    """Six classes of one anchor have as many logits as three of two, and share nothing."""
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[x, x + 1] for x in (32, 64, 128, 256, 512)]
+    path, state = saved(tmp_path, cfg)
+    write_checkpoint(path, state, described_config(with_classes(cfg, "a", "b", "c")))
+    sizes = [[x] for x in (32, 64, 128, 256, 512)]
+    options = ("MODEL.ANCHOR_GENERATOR.SIZES", sizes, "MODEL.RETINANET.NUM_CLASSES", 6)
+    cfg, model = build(cfg, *options)
+    before = {k: v.clone() for k, v in model.head.cls_score.named_parameters()}
+    Checkpointer(model, with_classes(cfg, *"abcdef")).load_start(path)
+    assert all(torch.equal(v, before[k]) for k, v in model.head.cls_score.named_parameters())
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
+def test_classes_that_the_weights_of_two_stages_know(tmp_path, heads, agnostic):
+    """Scores with the background, boxes and masks; what is for all classes stays as it is."""
+    cfg = quick_cfg("quick/mask_rcnn_free_anchor_R_18_FPN.yaml")
+    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = heads, agnostic
+    agnostic_boxes = agnostic or heads == "CascadeROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic_boxes
+    path, state = saved(tmp_path, cfg)
+    write_checkpoint(path, state, described_config(with_classes(cfg, "a", "b", "c")))
+    cfg, model = build(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    initial = {k: v.clone() for k, v in model.state_dict().items()}
+    Checkpointer(model, with_classes(cfg, "c", "d")).load_start(path)
+    found, moved = model.state_dict(), set()
+    for name in found:
+        scores = name.startswith("roi_heads.box_predictor") and ".cls_score." in name
+        boxes = name.startswith("roi_heads.box_predictor") and not scores and not agnostic_boxes
+        masks = name.startswith("roi_heads.mask_head.predictor") and not agnostic
+        if not (scores or boxes or masks):
+            assert torch.equal(found[name], state[name]), name
+            continue
+        ours, theirs = found[name], state[name]
+        moved.add(name)
+        if scores:
+            assert torch.equal(ours[[0, 2]], theirs[[2, 3]])  # c and the background
+            assert torch.equal(ours[1], initial[name][1])
+        else:
+            n = 4 if boxes else 1
+            assert torch.equal(ours[:n], theirs[2 * n :])
+            assert torch.equal(ours[n:], initial[name][n:])
+    stages = 3 if heads == "CascadeROIHeads" else 1
+    assert len(moved) == 2 * (stages + (not agnostic_boxes) + (not agnostic))
 
 
 @pytest.mark.parametrize("image_format", ["L", "RGBA"])

@@ -9,16 +9,18 @@ import torch
 import torchvision
 from conftest import GOLDEN
 from detectron2.config import CfgNode
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_backbone, build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import (
     Checkpointer,
     convert,
     read_checkpoint,
+    read_class_names,
     to_detectron2,
     write_checkpoint,
 )
-from freeanchor.checkpoint.files import CLASS_NAMES, CONFIG_KEY
+from freeanchor.checkpoint.files import CLASS_NAMES, CONFIG_KEY, openmmlab_classes
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
 from torch import nn
@@ -224,6 +226,44 @@ def test_without_a_config_in_the_checkpoint(caplog, meta):
         result = converted(MMDET, meta=meta)
     assert "MODEL.RETINANET.BBOX_REG_WEIGHTS" in caplog.text
     assert "MODEL.RETINANET.BBOX_REG_WEIGHTS" not in result.config
+
+
+COCO = [x["name"] for x in COCO_CATEGORIES if x["isthing"]]
+
+
+@pytest.mark.parametrize(
+    ("meta", "names"),
+    [
+        ({"CLASSES": ("a", "b_c", "d")}, ["a", "b_c", "d"]),
+        ({"dataset_meta": {"classes": ["a", "b", "c"]}, "CLASSES": 3}, ["a", "b", "c"]),
+        ({"dataset_meta": {"CLASSES": ("a", "b", "c"), "PALETTE": [(1, 2, 3)]}}, ["a", "b", "c"]),
+        ({"CLASSES": ("a", "a", "c")}, []),
+        ({"CLASSES": (1, 2, 3)}, []),
+        ({"CLASSES": None, "dataset_meta": 3}, []),
+        ({"dataset_meta": {}}, []),
+        (None, []),
+    ],
+)
+def test_classes_that_mmdetection_names(tmp_path, meta, names):
+    """They come with the weights, so that no other order of them is taken for theirs."""
+    assert converted(MMDET, meta=meta).config.get(CLASS_NAMES, []) == names
+    torch.save({**read_checkpoint(MMDET), "meta": meta}, tmp_path / "theirs.pth")
+    assert read_class_names(str(tmp_path / "theirs.pth")) == names
+    if names:
+        main(["convert", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")])
+        assert read_class_names(str(tmp_path / "ours.pth")) == names
+        assert names == read_config(tmp_path / "ours.yaml").MODEL.FREEANCHOR.CLASS_NAMES
+
+
+def test_classes_of_coco_as_mmdetection_1_wrote_them():
+    assert openmmlab_classes({"CLASSES": [x.replace(" ", "_") for x in COCO]}) == COCO
+    assert openmmlab_classes({"CLASSES": COCO}) == COCO
+
+
+def test_mmdetection_names_more_classes_than_it_scores(caplog):
+    """As where its data set had the names of COCO, and its annotations others."""
+    assert CLASS_NAMES not in converted(MMDET, meta={"CLASSES": COCO}).config
+    assert "names 80 classes and scores 3" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import FileError, shorten
+from .classes import CLASS_PREDICTOR, keep_known_classes
 from .convert import take_average, to_detectron2
 from .converter import MASK_HEAD, is_counter
 from .described import BOX_KEYS, described_config, is_described_here, is_same
@@ -28,13 +29,9 @@ from .timm_weights import from_timm
 
 __all__ = ["Checkpointer"]
 
-# What differs with the classes, and with the anchors: of one-stage models, and of two stages.
-_CLASS_PREDICTOR = re.compile(
-    r"^head\.cls_score\."
-    r"|^roi_heads\.(?:box_predictor\.(?:\d\.)?(?:cls_score|bbox_pred)|mask_head\.predictor)\."
-)
+# What differs with the classes or the anchors: of one-stage models, and of two stages.
 _PREDICTOR = re.compile(
-    rf"{_CLASS_PREDICTOR.pattern}|^head\.bbox_pred\."
+    rf"{CLASS_PREDICTOR.pattern}|^head\.bbox_pred\."
     r"|^proposal_generator\.(?:detector\.head\.(?:cls_score|bbox_pred)"
     r"|rpn_head\.(?:objectness_logits|anchor_deltas))\."
 )
@@ -71,7 +68,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self._is_start = False
-        self._has_other_classes = False
+        self._other_classes: list[str] = []
         self._is_result = True
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -130,7 +127,8 @@ class Checkpointer(DetectionCheckpointer):
         """Load the weights that training starts from: of a backbone or of a detector.
 
         The predictors of other classes or anchors, and a first convolution of another number of
-        channels, stay as they were initialised, and a line of the log says so.
+        channels, stay as they were initialised, and a line of the log says so. Classes that the
+        weights know by name keep what was learned of them, see :func:`keep_known_classes`.
 
         Args:
             path: see :meth:`load`.
@@ -200,11 +198,11 @@ class Checkpointer(DetectionCheckpointer):
     def _check_classes(self, names: list[str]) -> None:
         """Compare the classes of a checkpoint with those of the config, by name."""
         wanted = described_config(self.cfg).get(CLASS_NAMES, [])
-        self._has_other_classes = bool(names and wanted) and names != wanted
+        self._other_classes = names if wanted and names != wanted else []
         if self._is_start:
-            if self._has_other_classes:
+            if self._other_classes:
                 self.logger.warning(f"The weights {self.path} are for other classes: {names}")
-        elif self._has_other_classes:
+        elif self._other_classes:
             raise FileError(
                 f"The weights {self.path} are for the classes {names}, and those of the config are "
                 f'{wanted}: add {CLASS_NAMES} "{names}", and data sets are brought to these by name'
@@ -269,9 +267,8 @@ class Checkpointer(DetectionCheckpointer):
                         f"The weights {self.path} need another model than the config makes: add "
                         f'MODEL.{name.upper()} "{[round(x, 4) for x in theirs.tolist()]}"'
                     )
-        if self._has_other_classes:
-            for name in [k for k in checkpoint["model"] if _CLASS_PREDICTOR.match(k)]:
-                del checkpoint["model"][name]
+        if self._other_classes:
+            self._keep_known_classes(checkpoint["model"])
         try:
             return super()._load_model(checkpoint)
         except (AssertionError, ValueError) as e:  # of Detectron2's matching of names
@@ -279,6 +276,17 @@ class Checkpointer(DetectionCheckpointer):
                 f"The weights {self.path} are not of this model: their names are not to be matched "
                 f"with those of its tensors ({e or 'two are one'})"
             ) from e
+
+    def _keep_known_classes(self, weights: dict[str, Any]) -> None:
+        new, old = described_config(self.cfg)[CLASS_NAMES], self._other_classes
+        if changed := keep_known_classes(weights, self.model.state_dict(), old, new):
+            known = [x for x in new if x in old]
+            anew = [x for x in new if x not in old]
+            self.logger.warning(
+                f"By their names, {shorten(known)} keep what {self.path} has learned of them"
+                + f", and {shorten(anew)} start anew" * bool(anew)
+                + f": {', '.join(changed)}"
+            )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Judge what :meth:`_load_model` found, of which Detectron2 only warns."""

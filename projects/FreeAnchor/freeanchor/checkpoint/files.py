@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
 from safetensors.torch import save
@@ -35,6 +36,7 @@ __all__ = [
     "config_beside",
     "find",
     "is_whole",
+    "openmmlab_classes",
     "read_checkpoint",
     "read_class_names",
     "remove_unfinished",
@@ -180,8 +182,32 @@ def read_class_names(path: str) -> list[str]:
     Raises:
         FileError: the file cannot be read.
     """
-    config = read_checkpoint(find(path)).get(CONFIG_KEY, {})
-    return list(config.get(CLASS_NAMES, []))
+    checkpoint = read_checkpoint(find(path))
+    config = checkpoint.get(CONFIG_KEY, {})
+    return list(config.get(CLASS_NAMES, [])) or openmmlab_classes(checkpoint.get("meta"))
+
+
+def openmmlab_classes(meta: Any) -> list[str]:
+    """The classes that OpenMMLab's checkpoints name, as MMDetection 1 and 2 or 3 do.
+
+    Args:
+        meta: the entry "meta" of a checkpoint, whatever it is.
+
+    Returns:
+        Their names; none where it does not say.
+    """
+    if not isinstance(meta, dict):
+        return []
+    part = meta.get("dataset_meta", meta)
+    names = part.get("classes", part.get("CLASSES")) if isinstance(part, dict) else None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+        return []
+    if len(set(names)) < len(names):  # no class could be found by its name
+        return []
+    coco = [x["name"] for x in COCO_CATEGORIES if x["isthing"]]
+    # MMDetection 1 wrote COCO's with underscores.
+    return coco if [x.replace("_", " ") for x in names] == coco else list(names)
 
 
 def check_checkpoint_path(path: Path) -> None:

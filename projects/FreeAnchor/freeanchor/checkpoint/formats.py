@@ -14,12 +14,14 @@ from detectron2.modeling import build_anchor_generator
 
 from .converter import (
     BACKBONE,
+    NUM_CLASSES,
     NUM_SIZES,
     RATIOS,
     Converted,
     Converter,
     numbered,
 )
+from .files import CLASS_NAMES, openmmlab_classes
 
 __all__ = ["CONVERTERS"]
 
@@ -99,6 +101,14 @@ class _MMDetection(Converter):
             "MODEL.FREEANCHOR.P7_RELU": False,
             **self.described_config(),
         }
+        names = openmmlab_classes(self.meta)
+        if len(names) == config[NUM_CLASSES]:
+            config[CLASS_NAMES] = names
+        elif names:
+            logger.warning(
+                f"{self.source} names {len(names)} classes and scores {config[NUM_CLASSES]}: the "
+                "names are not taken"
+            )
         self.order_anchors_by_size()
         if config["MODEL.FREEANCHOR.P6_IN_FEATURE"] != "res5":
             # It would be from P5 before or after its last convolution, which no name tells.
