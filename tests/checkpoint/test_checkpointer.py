@@ -4,10 +4,12 @@ import logging
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, quick_cfg
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from freeanchor.checkpoint import (
@@ -574,6 +576,38 @@ def test_classes_that_the_weights_of_two_stages_know(tmp_path, heads, agnostic):
             assert torch.equal(ours[n:], initial[name][n:])
     stages = 3 if heads == "CascadeROIHeads" else 1
     assert len(moved) == 2 * (stages + (not agnostic_boxes) + (not agnostic))
+
+
+@pytest.mark.parametrize("author", ["Detectron2 Model Zoo", "me"])
+@pytest.mark.parametrize(
+    ("config", "scores"),
+    [
+        ("quick/free_anchor_R_18_FPN.yaml", "head.cls_score.bias"),
+        ("quick/faster_rcnn_free_anchor_R_18_FPN.yaml", "roi_heads.box_predictor.cls_score.bias"),
+    ],
+)
+def test_detectors_of_the_zoo_are_for_coco(tmp_path, config, scores, author):
+    """Those with 80 classes: training on some of these begins with what they know."""
+    cfg = quick_cfg(config)
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    arrays = {k: v.numpy() for k, v in build_model(cfg).state_dict().items()}
+    arrays[scores] = np.arange(len(arrays[scores]), dtype=np.float32)
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": author}))
+    names = read_class_names(str(path))
+    assert names == (MetadataCatalog.get("coco_2017_val").thing_classes if author != "me" else [])
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    model = build_model(cfg)
+    Checkpointer(model, with_classes(cfg, "blimp", "dog")).load_start(str(path))
+    found = model.state_dict()[scores]
+    if "roi_heads" in scores:  # blimp, dog, background
+        expected = [found[0], 16, 80]
+    else:
+        expected = [x for a in range(9) for x in (found[2 * a], 80 * a + 16)]
+    assert (found.tolist() == torch.tensor(expected).tolist()) == (author != "me")
+    arrays[scores] = arrays[scores][:-3]
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": author}))
+    assert read_class_names(str(path)) == []
 
 
 @pytest.mark.parametrize("image_format", ["L", "RGBA"])

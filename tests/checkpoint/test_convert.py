@@ -20,7 +20,8 @@ from freeanchor.checkpoint import (
     to_detectron2,
     write_checkpoint,
 )
-from freeanchor.checkpoint.files import CLASS_NAMES, CONFIG_KEY, openmmlab_classes
+from freeanchor.checkpoint.classes import openmmlab_classes
+from freeanchor.checkpoint.files import CLASS_NAMES, CONFIG_KEY
 from freeanchor.config import read_config
 from freeanchor.errors import FileError
 from torch import nn

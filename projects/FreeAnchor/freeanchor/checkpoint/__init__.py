@@ -2,6 +2,7 @@
 
 from . import catalog, packages  # noqa: F401  # MODEL.WEIGHTS understands their addresses
 from .checkpointer import Checkpointer
+from .classes import read_class_names
 from .convert import convert, convert_file, to_detectron2
 from .converter import Converted
 from .delegate import hand_over
@@ -10,7 +11,6 @@ from .files import (
     config_beside,
     find,
     read_checkpoint,
-    read_class_names,
     replacing,
     write_checkpoint,
 )

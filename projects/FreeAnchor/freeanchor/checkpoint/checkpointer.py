@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import FileError, shorten
-from .classes import CLASS_PREDICTOR, keep_known_classes
+from .classes import CLASS_PREDICTOR, keep_known_classes, zoo_classes
 from .convert import take_average, to_detectron2
 from .converter import MASK_HEAD, is_counter
 from .described import BOX_KEYS, described_config, is_described_here, is_same
@@ -178,7 +178,7 @@ class Checkpointer(DetectionCheckpointer):
         if CONFIG_KEY not in checkpoint:
             self._warn_of_retinanet(checkpoint["model"])
         config = checkpoint.pop(CONFIG_KEY, {})
-        self._check_classes(config.pop(CLASS_NAMES, []))
+        self._check_classes(config.pop(CLASS_NAMES, []) or zoo_classes(checkpoint))
         self._check_config(config)
         return checkpoint
 

@@ -1,19 +1,89 @@
-"""Weights of a detector for other classes: what they know of the classes of a model."""
+"""Which classes the weights of a detector are for, and what they know of those of a model."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-__all__ = ["CLASS_PREDICTOR", "keep_known_classes"]
+from .files import CLASS_NAMES, CONFIG_KEY, find, read_checkpoint
+
+__all__ = [
+    "CLASS_PREDICTOR",
+    "keep_known_classes",
+    "openmmlab_classes",
+    "read_class_names",
+    "zoo_classes",
+]
 
 # What differs with the classes, of one-stage models and of two stages.
 CLASS_PREDICTOR = re.compile(
     r"^head\.cls_score\."
     r"|^roi_heads\.(?:box_predictor\.(?:\d\.)?(?:cls_score|bbox_pred)|mask_head\.predictor)\."
 )
+_ROI_SCORES = re.compile(r"^roi_heads\.box_predictor\.(?:\d\.)?cls_score\.")
+# As its files say who made them.
+_ZOO = "Detectron2 Model Zoo"
+_COCO = [x["name"] for x in COCO_CATEGORIES if x["isthing"]]
+
+
+def read_class_names(path: str) -> list[str]:
+    """The classes that a checkpoint is for, in the order of its outputs.
+
+    Args:
+        path: see :func:`freeanchor.checkpoint.find`.
+
+    Returns:
+        Their names; none of a checkpoint that does not say.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    checkpoint = read_checkpoint(find(path))
+    names: list[str] = checkpoint.get(CONFIG_KEY, {}).get(CLASS_NAMES, [])
+    return names or openmmlab_classes(checkpoint.get("meta")) or zoo_classes(checkpoint)
+
+
+def openmmlab_classes(meta: Any) -> list[str]:
+    """The classes that checkpoints of MMDetection (1, 2 or 3) name.
+
+    Args:
+        meta: their entry "meta", whatever it is.
+
+    Returns:
+        Their names; none where it does not say.
+    """
+    part = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
+    names = part.get("classes", part.get("CLASSES")) if isinstance(part, dict) else None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+        return []
+    if len(set(names)) < len(names):  # no class could be found by its name
+        return []
+    # MMDetection 1 wrote COCO's with underscores.
+    return _COCO if [x.replace("_", " ") for x in names] == _COCO else list(names)
+
+
+def zoo_classes(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The classes of a detector of Detectron2's model zoo, whose only one with 80 are COCO's.
+
+    Args:
+        checkpoint: in Detectron2's format.
+
+    Returns:
+        Their names; none if it is something else.
+    """
+    weights = checkpoint.get("model")
+    if checkpoint.get("__author__") != _ZOO or not isinstance(weights, Mapping):
+        return []
+    rows = {k: x.shape[0] for k, x in weights.items() if getattr(x, "ndim", 0) == 1}
+    anchors = rows.get("head.bbox_pred.bias", 0) // 4
+    is_coco = 0 < anchors * len(_COCO) == rows.get("head.cls_score.bias") or any(
+        _ROI_SCORES.match(k) and n == len(_COCO) + 1 for k, n in rows.items()
+    )
+    return _COCO if is_coco else []
 
 
 def keep_known_classes(

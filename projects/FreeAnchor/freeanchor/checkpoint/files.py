@@ -19,7 +19,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
 from safetensors.torch import save
@@ -36,9 +35,7 @@ __all__ = [
     "config_beside",
     "find",
     "is_whole",
-    "openmmlab_classes",
     "read_checkpoint",
-    "read_class_names",
     "remove_unfinished",
     "replacing",
     "write_checkpoint",
@@ -168,46 +165,6 @@ def config_beside(path: Path) -> Path | None:
     """The config of weights: of the same name, or the `config.yaml` of a run; None without."""
     beside = (path.with_suffix(".yaml"), path.with_name("config.yaml"))
     return next((x for x in beside if x.is_file()), None)
-
-
-def read_class_names(path: str) -> list[str]:
-    """The classes that a checkpoint is for, in the order of its outputs.
-
-    Args:
-        path: see :func:`find`.
-
-    Returns:
-        Their names; none of a checkpoint that does not say.
-
-    Raises:
-        FileError: the file cannot be read.
-    """
-    checkpoint = read_checkpoint(find(path))
-    config = checkpoint.get(CONFIG_KEY, {})
-    return list(config.get(CLASS_NAMES, [])) or openmmlab_classes(checkpoint.get("meta"))
-
-
-def openmmlab_classes(meta: Any) -> list[str]:
-    """The classes that OpenMMLab's checkpoints name, as MMDetection 1 and 2 or 3 do.
-
-    Args:
-        meta: the entry "meta" of a checkpoint, whatever it is.
-
-    Returns:
-        Their names; none where it does not say.
-    """
-    if not isinstance(meta, dict):
-        return []
-    part = meta.get("dataset_meta", meta)
-    names = part.get("classes", part.get("CLASSES")) if isinstance(part, dict) else None
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
-        return []
-    if len(set(names)) < len(names):  # no class could be found by its name
-        return []
-    coco = [x["name"] for x in COCO_CATEGORIES if x["isthing"]]
-    # MMDetection 1 wrote COCO's with underscores.
-    return coco if [x.replace("_", " ") for x in names] == coco else list(names)
 
 
 def check_checkpoint_path(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator
 
+from .classes import openmmlab_classes
 from .converter import (
     BACKBONE,
     NUM_CLASSES,
@@ -21,7 +22,7 @@ from .converter import (
     Converter,
     numbered,
 )
-from .files import CLASS_NAMES, openmmlab_classes
+from .files import CLASS_NAMES
 
 __all__ = ["CONVERTERS"]
 
