@@ -146,7 +146,7 @@ def test_training_into_the_folder_of_an_evaluation(tiny, tmp_path):
     """It is refused: a report would show what other weights have found."""
     (tmp_path / "output" / "inference").mkdir(parents=True)
     (tmp_path / "output" / "inference" / "results.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"holds a run already \(results\.json\)"):
+    with pytest.raises(SystemExit, match=r"results of an evaluation .*choose another"):
         tiny()
 
 

@@ -268,12 +268,16 @@ def _check_place(args: argparse.Namespace, output_dir: str) -> None:
 def _check_output(output_dir: str) -> None:
     """Refuse to mix two runs in one folder, or a training with what other weights have found."""
     folder = Path(output_dir)
-    left = (folder / LAST, *folder.glob("model_*.pth"), folder / "metrics.json")
-    for path in (*left, folder / "inference" / "results.json"):
+    results = folder / "inference" / "results.json"
+    left = (folder / LAST, *folder.glob("model_*.pth"), folder / "metrics.json", results)
+    for path in left:
         if path.is_file() and path.stat().st_size:
             raise FreeAnchorError(
-                f"OUTPUT_DIR {output_dir} holds a run already ({path.name}): add --resume to go on "
-                "with it, or choose another folder"
+                f"OUTPUT_DIR {output_dir} holds the results of an evaluation ({path.name}): choose "
+                "another folder"
+                if path == results
+                else f"OUTPUT_DIR {output_dir} holds a run already ({path.name}): add --resume to "
+                "go on with it, or choose another folder"
             )
 
 
