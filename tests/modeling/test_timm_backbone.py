@@ -62,6 +62,15 @@ def test_features_are_those_of_timm(name):
         assert any(x.shape == feature.shape and torch.allclose(x, feature) for x in expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_padding_is_constant():
+    """TensorFlow's padding asks for no size, whose terms hold torch.export up for minutes."""
+    backbone = TimmBackbone("tf_efficientnet_lite0").eval()
+    image = torch.rand(1, 3, 64, 96)
+    traced = torch.jit.trace(backbone, image, strict=False, check_trace=False)
+    assert "aten::size" not in str(traced.inlined_graph)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
 def test_frozen_layers(name, freeze_at):

@@ -11,6 +11,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .backbone import build_top_block
 
@@ -25,6 +26,19 @@ def _import_timm() -> Any:
             "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm: pip install timm"
         ) from e
     return timm
+
+
+class _SameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's padding, of features whose sizes its stride divides.
+
+    timm's computes its padding of the sizes, whose terms hold `torch.export` up for minutes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        reach = zip(self.kernel_size, self.dilation, self.stride)
+        rows, columns = (max((k - 1) * d + 1 - s, 0) for k, d, s in reach)
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class TimmBackbone(Backbone):
@@ -91,6 +105,9 @@ class TimmBackbone(Backbone):
                 out_indices = tuple(len(strides) - 1 - strides[::-1].index(s) for s in (8, 16, 32))
             self._check_features(name, create(out_indices=tuple(out_indices)), in_channels)
         self.model = create(out_indices=tuple(out_indices))
+        for module in self.model.modules():
+            if type(module) is timm.layers.Conv2dSame:
+                module.__class__ = _SameConv2d
         info = self.model.feature_info
         self._names = [f"res{math.log2(s):g}" for s in info.reduction()]
         self._out_feature_strides = dict(zip(self._names, info.reduction()))
