@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import openvino
 import pytest
 import torch
 from conftest import assert_same
+from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, Instances
 from freeanchor.__main__ import main
 from freeanchor.deploy import Predictor, export
@@ -162,6 +164,31 @@ def test_raw_outputs(run_folder, pixels, kind, tmp_path):
     torch.testing.assert_close(
         torch.tensor(scores[0]), torch.cat(logits, 1)[0].sigmoid()[order], rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_backbone_of_one_size(run_folder, tmp_path, fails):
+    """One whose trace has the size of the example in it, as some of timm, is refused."""
+    predictor = Predictor(run_folder, device="cpu")
+    whole = predictor.model.backbone
+
+    class OfOneSize(Backbone):
+        size_divisibility = whole.size_divisibility
+
+        def __init__(self):
+            super().__init__()
+            self.whole = whole
+
+        def forward(self, x):
+            height = math.ceil(x.shape[2])
+            x = x.reshape(len(x), 3, height, -1) if fails else x * height / 320
+            return self.whole(x)
+
+    predictor.model.backbone = OfOneSize()
+    for kind in ("onnx", "torchscript"):
+        with pytest.raises(FreeAnchorError, match=f"{kind} file would be right for one size alone"):
+            export(predictor, tmp_path / "x", kind)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_pixels_of_another_type(run_folder, pixels, tmp_path):

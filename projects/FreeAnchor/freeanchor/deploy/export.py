@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.modeling import Backbone
 from torch import Tensor
 
 from ..config import is_two_stage
@@ -86,6 +87,12 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
         )
     path = Path(path)
     model = copy.deepcopy(predictor.model).float().cpu()
+    if kind != "torch-export" and not _takes_any_size(model.backbone):
+        raise FreeAnchorError(
+            "the backbone takes the size of an image for a constant where it is traced, so the "
+            f"{kind} file would be right for one size alone: the model runs by `freeanchor "
+            "predict`, `freeanchor serve` and freeanchor.deploy.Predictor"
+        )
     fold_batch_norm(model)
     detector = Detector(model, predictor.cfg.INPUT.FORMAT == "RGB", nms, kind == "onnx").eval()
     detector.requires_grad_(False)
@@ -104,6 +111,23 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
         raise FileError(f"{path} cannot be written: {e}") from e
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _takes_any_size(backbone: Backbone) -> bool:
+    """Whether a backbone that is traced with images of one size is right for another."""
+    stride = max(32, backbone.size_divisibility)
+    first, other = (torch.rand(1, 3, h * stride, w * stride) for h, w in ((10, 14), (3, 11)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = backbone(other)
+        try:
+            found = torch.jit.trace(backbone, first, strict=False, check_trace=False)(other)
+            return all(
+                torch.allclose(found[name], x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+                for name, x in expected.items()
+            )
+        except RuntimeError:  # shapes that do not fit
+            return False
 
 
 def _example(detector: Detector) -> Tensor:
