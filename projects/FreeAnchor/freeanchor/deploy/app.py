@@ -293,7 +293,7 @@ def make_app(
 
     @app.post("/api/detect", openapi_extra=_PICTURE)
     async def detect_in(request: Request) -> dict[str, Any]:
-        """Detect in the picture that is the body."""
+        """Detect in the picture that is the body, with scores above `least_score` of the model."""
         result = await desk.serve(request, lambda pixels: detect(predictor, pixels))
         metrics.detections.inc(len(result["detections"]))
         return result
