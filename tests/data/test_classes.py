@@ -199,6 +199,19 @@ def test_records_that_cannot_be_right(cfg, by_python, boxes, mode, expected):
         data.check_images(["by_python"])
 
 
+@pytest.mark.parametrize("metadata", [{}, {"thing_classes": ["cell"]}])
+def test_a_source_that_fails(metadata):
+    """A function that was registered and finds no file is named, whoever asks it first."""
+
+    def source():
+        raise FileNotFoundError("cells.json")
+
+    DatasetCatalog.register("by_python", source)
+    MetadataCatalog.get("by_python").set(**metadata)
+    with pytest.raises(DatasetError, match=r"^by_python cannot be loaded: .*cells\.json"):
+        data.load_training_set(["by_python"], filter_empty=True)
+
+
 def test_two_processes_see_the_same(open_cfg, coco):
     """A config that was resolved once resolves to the same again."""
     train, val = register(coco), other_ids(coco)

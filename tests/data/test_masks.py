@@ -142,6 +142,20 @@ def test_what_cannot_be_used(coco, value, problem, caplog):
     assert len(data.read_coco(*paths).boxes) == 4  # as a data set of boxes it is fine
 
 
+def test_what_a_second_model_of_a_script_leaves_out(coco, caplog):
+    """Boxes are trained on first, and then masks: what has no mask is said then, and once."""
+    good = {"bbox": [8, 6, 20, 12], "segmentation": [SQUARE]}
+    name, *paths = coco(annotations=[good] * 4, num_images=1)  # the first has none
+    data.register_datasets([(name, *paths)])
+    for masks in (False, True, True):
+        cfg = quick_cfg(MASK_RCNN)
+        cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NUM_CLASSES = masks, 0
+        data.resolve_classes(cfg, [name])
+        data.report_findings([name])
+    (said,) = caplog.messages
+    assert "objects are left out, whose `segmentation` is missing" in said
+
+
 def test_masks_elsewhere_than_the_boxes(coco):
     """Fractions of the image, or y before x, are no masks of these objects."""
     for name, polygon, problem in (

@@ -40,7 +40,7 @@ class Dataset:
         self._classes: dict[str, Any] | None = None
         self._model_classes: dict[str, int] = {}
         self._has_masks = False
-        self._is_reported = False
+        self._reported: set[str] = set()
 
     @property
     def metadata(self) -> Any:
@@ -68,15 +68,18 @@ class Dataset:
             self._file = stamp, file
         return self._file[1]
 
-    def _load(self) -> list[dict[str, Any]]:
-        """What was registered, checked, with its own classes."""
+    def _call_source(self) -> list[dict[str, Any]]:
+        """What was registered, as it is."""
         assert self._source is not None
         try:
-            source = list(self._source())
+            return list(self._source())
         except (AssertionError, KeyError, TypeError, ValueError, OSError) as e:
             raise DatasetError(f"{file_of(self.name)} cannot be loaded: {e!r}") from e
+
+    def _load(self) -> list[dict[str, Any]]:
+        """What was registered, checked, with its own classes."""
         records, self.findings = check_records(
-            source, self.name, len(self.classes()), self._has_masks
+            self._call_source(), self.name, len(self.classes()), self._has_masks
         )
         return records
 
@@ -92,8 +95,8 @@ class Dataset:
                 file = self._read()
                 self._classes = dict(zip(file.class_names, file.class_ids))
                 return self._classes
-            if names is None and self._source is not None:
-                self._source()  # Detectron2 learns the classes of some data sets only then
+            if names is None:
+                self._call_source()  # Detectron2 learns the classes of some data sets only then
                 names = self.metadata.get("thing_classes", [])
             names = list(map(str, names))
             twice = [x for i, x in enumerate(names) if x in names[:i]]
@@ -153,11 +156,11 @@ class Dataset:
         return to_coco(self(), self.metadata.thing_classes)
 
     def report(self) -> None:
-        """Log, once, what the checks found."""
-        if not self._is_reported:
-            self._is_reported = True
-            findings = self._read().findings if self.is_coco else self.findings
-            for line in dict.fromkeys([*findings.lines(), *self.notes]):
+        """Log what the checks found, each line once."""
+        findings = self._read().findings if self.is_coco else self.findings
+        for line in [*findings.lines(), *self.notes]:
+            if line not in self._reported:
+                self._reported.add(line)
                 logger.warning(f"{file_of(self.name)}: {line}")
 
 
