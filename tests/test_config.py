@@ -298,8 +298,8 @@ def test_base_from_the_net(tmp_path, monkeypatch):
 
 
 def test_config_that_is_its_own_base(tmp_path):
-    """One sentence instead of a RecursionError."""
+    """One sentence instead of a RecursionError, also where it is named by another path."""
     (tmp_path / "a.yaml").write_text('_BASE_: "b.yaml"\nVERSION: 2\n')
-    (tmp_path / "b.yaml").write_text('_BASE_: "a.yaml"\nVERSION: 2\n')
+    (tmp_path / "b.yaml").write_text(f'_BASE_: "../{tmp_path.name}/a.yaml"\nVERSION: 2\n')
     with pytest.raises(FileError, match=r"a\.yaml is its own _BASE_"):
         read_config(tmp_path / "a.yaml")

@@ -226,8 +226,8 @@ def test_missing_sources(folder, tmp_path):
 
 
 def test_kinds_of_sources(folder, monkeypatch):
-    """Files, folders, patterns and lists give their images in order, videos come after."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("x.png\n\ny.png\n"))
+    """Files, folders, patterns and lists (of Windows too) give their images, then come videos."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x.png\n\r\ny.png\r\n"))
     sources = [str(folder / "v.avi"), str(folder / "[ab].png"), "-", str(folder)]
     stills, *videos = find_sources(sources, pytest.fail, pytest.fail)
     a, c = str(folder / "a.png"), str(folder / "c.png")

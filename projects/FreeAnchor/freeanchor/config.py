@@ -280,7 +280,8 @@ def _check_bases(path: str, seen: tuple[str, ...]) -> None:
     Raises:
         FileError: the message says which file has the base.
     """
-    if path in seen:
+    real = os.path.realpath(path)  # by whatever way it is named
+    if real in seen:
         raise FileError(f"{path} is its own _BASE_, by {' and '.join(seen)}")
     try:
         with PathManager.open(path) as f:
@@ -295,7 +296,7 @@ def _check_bases(path: str, seen: tuple[str, ...]) -> None:
                 f"{OPT_IN[0].lower()}{OPT_IN[1:]}"
             )
         name = os.path.expanduser(str(base))
-        _check_bases(os.path.join(os.path.dirname(path), name), (*seen, path))
+        _check_bases(os.path.join(os.path.dirname(path), name), (*seen, real))
 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:

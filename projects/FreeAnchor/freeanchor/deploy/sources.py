@@ -104,7 +104,7 @@ def _files(source: str, say: Callable[[str], None]) -> list[str]:
 def _then_listed(stills: list[str]) -> Iterator[str]:
     yield from stills
     for line in sys.stdin:
-        if name := line.rstrip("\n"):
+        if name := line.rstrip("\r\n"):
             yield name
 
 
