@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import resource
 import subprocess
 import sys
 
@@ -267,9 +268,24 @@ def test_errors(run_folder, predictor, tmp_path, monkeypatch):
     with pytest.raises(FreeAnchorError, match="no format tflite, only onnx"):
         export(predictor, tmp_path / "x", "tflite")
     (tmp_path / "file").write_text("")
-    with pytest.raises(FreeAnchorError, match="cannot be written"):
+    with pytest.raises(FreeAnchorError, match="cannot be a folder to write to"):
         export(predictor, tmp_path / "file" / "x.pt", "torchscript")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(FreeAnchorError, match=r"pip install 'freeanchor\[export\]"):
         export(predictor, tmp_path / "x.onnx")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_full_disk(predictor, tmp_path):
+    """It is said in one sentence, and an earlier file is as it was: PyTorch would abort."""
+    path = tmp_path / "x"
+    path.write_text("whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(FreeAnchorError, match=r"x cannot be written: .*File too large"):
+            export(predictor, path, "torchscript")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,8 +5,8 @@ outputs holds for all of them.
 """
 
 import copy
+import io
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from detectron2.modeling import Backbone
 from torch import Tensor
 
+from ..checkpoint import replacing
 from ..config import is_two_stage
-from ..errors import FileError, FreeAnchorError
+from ..errors import FreeAnchorError, check_folder
 from ..modeling import fold_batch_norm
 from .graph import Detector
 from .predictor import Predictor
@@ -85,7 +86,7 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
             "TEST.AMP.ENABLED has rounded the weights: export a Predictor with options="
             "('TEST.AMP.ENABLED', 'False')"
         )
-    path = Path(path)
+    check_folder(Path(path).parent)
     model = copy.deepcopy(predictor.model).float().cpu()
     if kind != "torch-export" and not _takes_any_size(model.backbone):
         raise FreeAnchorError(
@@ -96,21 +97,12 @@ def export(predictor: Predictor, path: str | Path, kind: str = "onnx", nms: bool
     fold_batch_norm(model)
     detector = Detector(model, predictor.cfg.INPUT.FORMAT == "RGB", nms, kind == "onnx").eval()
     detector.requires_grad_(False)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise FileError(f"{path} cannot be written: {e}") from e
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # Of values that tracing makes constant: none of them depends on the image.
-            warnings.simplefilter("ignore")
-            FORMATS[kind](detector, metadata(predictor, nms), unfinished)
-        unfinished.replace(path)
-    except OSError as e:
-        raise FileError(f"{path} cannot be written: {e}") from e
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of values that tracing makes constant: none of them depends on the image.
+        warnings.simplefilter("ignore")
+        content = FORMATS[kind](detector, metadata(predictor, nms))
+    with replacing(path) as f:
+        f.write(content)
 
 
 def _takes_any_size(backbone: Backbone) -> bool:
@@ -130,12 +122,12 @@ def _takes_any_size(backbone: Backbone) -> bool:
             return False
 
 
-def _example(detector: Detector) -> Tensor:
+def _example() -> Tensor:
     # Of a size that is no multiple of the stride, so that padding is part of the graph.
     return torch.randint(0, 256, (2, 300, 420, 3), dtype=torch.uint8)
 
 
-def _onnx(detector: Detector, about: dict[str, Any], path: Path) -> None:
+def _onnx(detector: Detector, about: dict[str, Any]) -> bytes:
     try:
         import onnx
     except ModuleNotFoundError as e:
@@ -143,10 +135,11 @@ def _onnx(detector: Detector, about: dict[str, Any], path: Path) -> None:
             "to export ONNX, install onnx: pip install 'freeanchor[export]'"
         ) from e
     outputs: list[str] = about["outputs"]
+    file = io.BytesIO()
     torch.onnx.export(
         detector,
-        (_example(detector),),
-        path,
+        (_example(),),
+        file,  # type: ignore[arg-type]  # which the newer exporter does not take
         # By tracing. The newer exporter makes sizes of images a condition.
         dynamo=False,
         opset_version=_OPSET,
@@ -157,32 +150,36 @@ def _onnx(detector: Detector, about: dict[str, Any], path: Path) -> None:
             **{name: {0: "batch"} for name in outputs},
         },
     )
-    proto = onnx.load(path)
+    proto = onnx.load_model_from_string(file.getvalue())
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
-    onnx.save(proto, path)
-    onnx.checker.check_model(path)
+    onnx.checker.check_model(proto)
+    content: bytes = proto.SerializeToString()
+    return content
 
 
-def _torchscript(detector: Detector, about: dict[str, Any], path: Path) -> None:
-    traced = torch.jit.trace(detector, (_example(detector),), check_trace=False)
-    torch.jit.save(traced, path, _extra_files={"metadata.json": json.dumps(about)})
+def _torchscript(detector: Detector, about: dict[str, Any]) -> bytes:
+    traced = torch.jit.trace(detector, (_example(),), check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(traced, file, _extra_files={"metadata.json": json.dumps(about)})
+    return file.getvalue()
 
 
-def _torch_export(detector: Detector, about: dict[str, Any], path: Path) -> None:
+def _torch_export(detector: Detector, about: dict[str, Any]) -> bytes:
     size = {"min": _LEAST_SIZE, "max": _MOST_SIZE}
     dims = [torch.export.Dim("batch"), *(torch.export.Dim(x, **size) for x in ("height", "width"))]
     program = torch.export.export(
         detector,
-        (_example(detector),),
+        (_example(),),
         dynamic_shapes=(dict(enumerate(dims)),),
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     about = {**about, "least_size": _LEAST_SIZE}
-    with path.open("wb") as f:
-        torch.export.save(program, f, extra_files={"metadata.json": json.dumps(about)})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(about)})
+    return file.getvalue()
 
 
-FORMATS: dict[str, Callable[[Detector, dict[str, Any], Path], None]] = {
+FORMATS: dict[str, Callable[[Detector, dict[str, Any]], bytes]] = {
     "onnx": _onnx,
     "torchscript": _torchscript,
     "torch-export": _torch_export,
