@@ -6,12 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .levels import at_least_float32
 from .matching import BoxCoding, Objects
-
-
-def at_least_float32(levels: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which levels are computed."""
-    return torch.promote_types(levels[0].dtype, torch.float32)
 
 
 def check_levels(name: str, levels: Sequence[Tensor], depth: int | None = None) -> None:
@@ -41,7 +37,7 @@ def check_matching(
 ) -> None:
     """What predictions are matched with objects by."""
     check_levels("deltas", deltas, 4)
-    check_boxes("gt_boxes", objects.boxes)
+    check_boxes(objects.boxes)
     check_anchors(anchors, objects.boxes)
     check_like("gt_boxes", objects.boxes, deltas[0], at_least_float32(deltas))
     for name, values in (("gt_classes", objects.classes), ("gt_images", objects.images)):
@@ -59,11 +55,11 @@ def check_matching(
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
 
 
-def check_like(name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype | None) -> None:
-    """`tensor` is on the device of `other`, and of `dtype` if one is given."""
+def check_like(name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    """`tensor` is on the device of `other`, and of `dtype`."""
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
-    if dtype is not None and tensor.dtype != dtype:
+    if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
@@ -79,9 +75,9 @@ def check_anchors(anchors: Sequence[Tensor], gt_boxes: Tensor) -> None:
         check_like(f"anchors[{i}]", level, gt_boxes, gt_boxes.dtype)
 
 
-def check_boxes(name: str, boxes: Tensor) -> None:
-    """Boxes are (M, 4) in float32 or float64."""
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name} must be (M, 4), got {list(boxes.shape)}")
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {boxes.dtype}")
+def check_boxes(gt_boxes: Tensor) -> None:
+    """Boxes of objects are (M, 4) in float32 or float64."""
+    if gt_boxes.dim() != 2 or gt_boxes.shape[1] != 4:
+        raise ValueError(f"gt_boxes must be (M, 4), got {list(gt_boxes.shape)}")
+    if gt_boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"gt_boxes must be float32 or float64, got {gt_boxes.dtype}")

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(levels: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which levels are computed."""
+    return torch.promote_types(levels[0].dtype, torch.float32)
+
+
 def count_anchors(levels: Sequence[Tensor]) -> int:
     """R: the anchors of one image in levels (N, ..., D)."""
     return sum(math.prod(level.shape[1:-1]) for level in levels)
@@ -34,7 +39,7 @@ def take(levels: Sequence[Tensor], index: Tensor, name: str = "index") -> Tensor
     Raises:
         ValueError: an index is out of range.
     """
-    out = levels[0].new_zeros(index.shape, dtype=torch.promote_types(levels[0].dtype, torch.float))
+    out = levels[0].new_zeros(index.shape, dtype=at_least_float32(levels))
     for level, here, position in locate(levels, index, name):
         out[here] = level[position].to(out.dtype)
     return out

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .levels import locate, take
+from .levels import at_least_float32, locate, take
 from .matching import BoxCoding, Objects, box_prob
 
 # Elements per step of the dense sum: temporaries that stay in a CPU's cache, and few launches on
@@ -117,7 +117,7 @@ def background_loss(
         grad_scale: as for :func:`negative_bag_loss`.
         grads: as for :func:`negative_bag_loss`.
     """
-    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    dtype = at_least_float32(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits[0].device)
     chunk = _CHUNK_GPU if logits[0].is_cuda else _CHUNK_CPU
     for i, level in enumerate(logits):

@@ -19,14 +19,7 @@ from torch import Tensor
 
 from . import levels as pyramid
 from . import losses, matching
-from .checks import (
-    at_least_float32,
-    check_anchors,
-    check_boxes,
-    check_levels,
-    check_like,
-    check_matching,
-)
+from .checks import check_anchors, check_boxes, check_levels, check_like, check_matching
 from .matching import BoxCoding, Objects
 
 __all__ = ["box_prob", "iou_topk", "negative_bag_loss", "take"]
@@ -104,7 +97,7 @@ def iou_topk(anchors: Sequence[Tensor], gt_boxes: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_boxes("gt_boxes", gt_boxes)
+    check_boxes(gt_boxes)
     check_anchors(anchors, gt_boxes)
     bags: Tensor = _iou_topk(anchors, gt_boxes, k)
     return bags
@@ -152,7 +145,7 @@ def take(levels: Sequence[Tensor], index: Tensor) -> Tensor:
 
 @torch.library.register_fake("freeanchor::take")
 def _(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    return levels[0].new_empty(index.shape, dtype=at_least_float32(levels))
+    return levels[0].new_empty(index.shape, dtype=pyramid.at_least_float32(levels))
 
 
 def _take_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

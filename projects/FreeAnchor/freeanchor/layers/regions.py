@@ -15,6 +15,7 @@ __all__ = ["IGNORED_LOGIT", "ignored_anchors", "without_ignored"]
 
 # Of an anchor that is ignored, in every dtype: its sigmoid, and with it loss and gradient, is 0.
 IGNORED_LOGIT = -100.0
+_MOSTLY = 0.5  # the share of a predicted box that must be inside, exclusively
 
 
 @torch.no_grad()
@@ -23,7 +24,6 @@ def ignored_anchors(
     anchors: Sequence[Tensor],
     regions: Sequence[Tensor | None],
     coding: BoxCoding | None,
-    most: float = 0.5,
 ) -> list[Tensor]:
     """Find the anchors whose predicted box lies mostly inside one ignore region of its image.
 
@@ -32,7 +32,6 @@ def ignored_anchors(
         anchors: L levels of the anchors, (R_l, 4) or (H, W, A, 4).
         regions: of each image, (G, 4) boxes x1 y1 x2 y2, or None.
         coding: what the deltas mean.
-        most: the share of a predicted box that must be inside, exclusively.
 
     Returns:
         Per level, (N, ...) whether an anchor is to be ignored.
@@ -52,7 +51,7 @@ def ignored_anchors(
                 end = torch.minimum(found[..., 2:], box[2:])
                 inside = (end - start).clamp(min=0).prod(dim=-1)
                 # Not of a box that overflowed: infinity is inside nothing.
-                mask[n] |= (inside > most * area) & (area < math.inf)
+                mask[n] |= (inside > _MOSTLY * area) & (area < math.inf)
     return masks
 
 

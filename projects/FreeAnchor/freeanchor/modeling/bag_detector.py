@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..layers import iou_topk, take
 from ..layers.iou_losses import IOU_LOSSES, iou_loss
+from ..layers.levels import at_least_float32
 from ..layers.losses import bag_logit
 from ..layers.matching import (
     BoxCoding,
@@ -238,7 +239,7 @@ class BagDetector(RetinaNet):
         gt_instances: list[Instances],
     ) -> Bags:
         """The search for bags (paper, section 3.2); arguments as of :meth:`losses`."""
-        dtype = torch.promote_types(pred_anchor_deltas[0].dtype, torch.float32)
+        dtype = at_least_float32(pred_anchor_deltas)
         classes = [x.gt_classes for x in gt_instances]
         objects = Objects(
             torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(dtype),
@@ -292,9 +293,8 @@ class BagDetector(RetinaNet):
         with torch.autocast(pred_logits[0].device.type, enabled=False):
             bags = self._bags(anchors, pred_logits, pred_anchor_deltas, gt_instances)
             bag_logits = take(pred_logits, self._pairs(bags))
-            dtype = torch.promote_types(bag_logits.dtype, torch.float32)
             bag_deltas = self._bag_deltas(bags, pred_anchor_deltas)
-            prob = self._log_prob(bags, bag_logits.to(dtype), bag_deltas).exp()
+            prob = self._log_prob(bags, bag_logits, bag_deltas).exp()
         all_anchors = Boxes.cat(anchors)
         counts = [len(x) for x in gt_instances]
         result = []
