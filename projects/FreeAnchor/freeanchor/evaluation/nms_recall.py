@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.layers import batched_nms
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from torch import Tensor, nn
 
-from ..modeling import candidates, dense_detector
+from ..modeling import apply_nms, candidates, dense_detector
 from .outcomes import truth_rows
 
 __all__ = ["NMSRecallEvaluator"]
@@ -75,11 +74,9 @@ class NMSRecallEvaluator(DatasetEvaluator):
             objects = objects[objects.nonempty()]
             before = Instances((height, width), **found.get_fields())
             before.pred_boxes.clip((height, width))
-            keep = batched_nms(
-                before.pred_boxes.tensor, before.scores, before.pred_classes, self.NMS_THRESH
-            )
+            after = apply_nms(before, self.NMS_THRESH)
             self._overlaps[image["image_id"]] = (
-                self._largest_iou(objects, detector_postprocess(before[keep], *size)),
+                self._largest_iou(objects, detector_postprocess(after, *size)),
                 self._largest_iou(objects, detector_postprocess(before, *size)),
             )
 

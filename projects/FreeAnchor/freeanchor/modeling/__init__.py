@@ -4,7 +4,7 @@ from .anchors import RoundedAnchorGenerator
 from .backbone import build_freeanchor_resnet_fpn_backbone
 from .bag_detector import BagDetector, box_coding
 from .bags import Matching
-from .inference import candidates, detect
+from .inference import apply_nms, candidates, detect
 from .kinds import dense_detector, has_bags, is_one_stage, without_ddp
 from .ltm import LTM
 from .match import match_inputs
@@ -23,6 +23,7 @@ __all__ = [
     "MultiScaleTest",
     "RoundedAnchorGenerator",
     "TimmBackbone",
+    "apply_nms",
     "box_coding",
     "build_freeanchor_resnet_fpn_backbone",
     "build_timm_fpn_backbone",

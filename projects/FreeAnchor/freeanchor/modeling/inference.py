@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .anchors import generate_anchors
 
-__all__ = ["candidates", "detect"]
+__all__ = ["apply_nms", "candidates", "detect"]
 
 # Logits in a block. Larger ones make the first pass a little faster and the second one slower.
 _BLOCK = 128
@@ -37,12 +37,23 @@ def detect(
         equal scores.
     """
     threshold, topk = model.test_score_thresh, model.test_topk_candidates
-    results = []
-    for found in candidates(model, features, predictions, image_sizes, threshold, topk):
-        boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
-        keep = batched_nms(boxes, scores, classes, model.test_nms_thresh)
-        results.append(found[keep[: model.max_detections_per_image]])
-    return results
+    return [
+        apply_nms(found, model.test_nms_thresh, model.max_detections_per_image)
+        for found in candidates(model, features, predictions, image_sizes, threshold, topk)
+    ]
+
+
+def apply_nms(found: Instances, nms_thresh: float, most: int | None = None) -> Instances:
+    """What NMS of each class leaves of detections, the highest scores first.
+
+    Args:
+        found: `pred_boxes`, `scores` and `pred_classes` of an image.
+        nms_thresh: IoU above which the lower score is left out.
+        most: as many are kept; None keeps all.
+    """
+    boxes = found.pred_boxes.tensor
+    keep = batched_nms(boxes, found.scores, found.pred_classes, nms_thresh)
+    return found[keep[:most]]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -15,7 +15,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..errors import FreeAnchorError
-from .inference import candidates
+from .inference import apply_nms, candidates
 from .meta_arch import FreeAnchor
 
 __all__ = ["FreeAnchorRPN", "of_one_class"]
@@ -116,9 +116,7 @@ class FreeAnchorRPN(nn.Module):
             found = found[found.pred_boxes.tensor.isfinite().all(dim=1)]
             found.pred_boxes.clip(found.image_size)
             found = found[found.pred_boxes.nonempty(threshold=self.min_box_size)]
-            boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
-            keep = batched_nms(boxes, scores, classes, self.detector.test_nms_thresh)
-            found = found[keep[: self.post_nms_topk[phase]]]
+            found = apply_nms(found, self.detector.test_nms_thresh, self.post_nms_topk[phase])
             proposal = Instances(found.image_size, proposal_boxes=found.pred_boxes)
             proposal.objectness_logits = found.scores.logit(eps=_EPSILON)
             proposals.append(proposal)

@@ -9,13 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.layers import batched_nms
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from .inclusive_corners import inclusive_shift
-from .inference import candidates
+from .inference import apply_nms, candidates
 from .kinds import dense_detector
 
 __all__ = ["MultiScaleTest"]
@@ -76,9 +75,7 @@ class MultiScaleTest(nn.Module):
             found += [self._candidates(resized, flip) for flip in self.flips]
         size = found[0].image_size
         merged = Instances.cat([self._to_size(x, size) for x in found])
-        boxes, scores, classes = merged.pred_boxes.tensor, merged.scores, merged.pred_classes
-        keep = batched_nms(boxes, scores, classes, model.test_nms_thresh)
-        merged = merged[keep[: model.max_detections_per_image]]
+        merged = apply_nms(merged, model.test_nms_thresh, model.max_detections_per_image)
         height, width = image.get("height", pixels.shape[0]), image.get("width", pixels.shape[1])
         merged = detector_postprocess(merged, height, width)
         if self.inclusive_corners:
