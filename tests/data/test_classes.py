@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from freeanchor import data
 from freeanchor.errors import DatasetError
+from freeanchor.evaluation import read_truth
 
 
 def register(coco, **options):
@@ -69,8 +71,9 @@ def test_another_order_and_other_ids(open_cfg, coco):
     found = [a["category_id"] for x in DatasetCatalog.get(val) for a in x["annotations"]]
     # In the file: 12, 13, 11, 12.
     assert found == [0, 1, 2, 0]
-    assert [a["category_id"] - 1 for a in metadata.coco_truth()["annotations"]] == found
-    assert [c["name"] for c in metadata.coco_truth()["categories"]] == metadata.thing_classes
+    truth = read_truth(val).dataset
+    assert [a["category_id"] - 1 for a in truth["annotations"]] == found
+    assert [c["id"] - 1 for c in truth["categories"]] == [0, 1, 2]
 
 
 def test_classes_of_the_model_come_first(cfg, coco):
@@ -165,19 +168,21 @@ def by_python(coco):
     return write
 
 
-def test_records_that_python_registered(cfg, by_python):
+@pytest.mark.parametrize("number", [int, float, np.int64])
+def test_records_that_python_registered(cfg, by_python, number):
     """They are brought to the model's classes too, and what was registered is not changed."""
-    given = by_python([((5, 5, 20, 20), 0), ((5, 5, 30, 20), 1)])
+    given = by_python([((5, 5, 20, 20), number(0)), ((5, 5, 30, 20), number(1))])
     cfg.MODEL.FREEANCHOR.CLASS_NAMES = ["a", "b", "c"]
     data.resolve_classes(cfg, ["by_python"])
     (record,) = DatasetCatalog.get("by_python")
     assert [a["category_id"] for a in record["annotations"]] == [1, 0]
     assert [a["category_id"] for a in given] == [0, 1]
     assert MetadataCatalog.get("by_python").thing_dataset_id_to_contiguous_id == {0: 1, 1: 0}
-    truth = MetadataCatalog.get("by_python").coco_truth()
-    assert truth["images"][0]["original_id"] == "x"
-    assert [a["bbox"] for a in truth["annotations"]] == [[5, 5, 15, 15], [5, 5, 25, 15]]
-    assert [a["area"] for a in truth["annotations"]] == [225, 375]
+    truth = read_truth("by_python")
+    assert truth.images == {"x": 1}
+    annotations = truth.dataset["annotations"]
+    assert [a["bbox"] for a in annotations] == [[5, 5, 15, 15], [5, 5, 25, 15]]
+    assert [a["area"] for a in annotations] == [225, 375]
 
 
 @pytest.mark.parametrize(
@@ -219,4 +224,4 @@ def test_two_processes_see_the_same(open_cfg, coco):
     again = open_cfg.clone()
     data.resolve_classes(again, [train, val])
     assert again == open_cfg
-    assert json.dumps(MetadataCatalog.get(val).coco_truth())
+    assert json.dumps(read_truth(val).dataset)

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from freeanchor import data
 from freeanchor.errors import DatasetError
+from freeanchor.evaluation import read_truth
 
 
 def message(error):
@@ -95,7 +96,7 @@ def test_unusable_boxes_are_dropped_and_reported(coco, warnings):
     name = register(coco, num_images=8, annotations=[*bad, *kept])
     dicts = data.load_training_set([name], filter_empty=True)
     assert sum(len(d["annotations"]) for d in dicts) == 8 + len(kept)
-    assert len(MetadataCatalog.get(name).coco_truth()["annotations"]) == 8 + len(kept)
+    assert len(read_truth(name).dataset["annotations"]) == 8 + len(kept)
     text = " ".join(r.message for r in warnings.records)
     assert (
         "2 boxes are left out, where a `bbox` is not four numbers (annotation 15: [5, 5, 10])"

@@ -13,7 +13,7 @@ from ..errors import DatasetError, shorten
 from .coco import read_coco
 from .coco_file import CocoFile
 from .findings import Findings, show
-from .records import check_records, to_coco
+from .records import check_records
 
 __all__ = ["Dataset", "file_of", "register_datasets", "take_over"]
 
@@ -127,7 +127,7 @@ class Dataset:
                 for x, user_id in own.items()
                 if x in self._model_classes
             },
-            coco_truth=self.truth,
+            is_checked=True,  # what is evaluated is its records too, and not its file
         )
 
     def __call__(self) -> list[dict[str, Any]]:
@@ -150,10 +150,6 @@ class Dataset:
             for annotation in record.get("annotations", ()):
                 annotation["category_id"] = indices[annotation["category_id"]]
         return records
-
-    def truth(self) -> dict[str, Any]:
-        """The same objects as a COCO dict for evaluation, see :func:`to_coco`."""
-        return to_coco(self(), self.metadata.thing_classes)
 
     def report(self) -> None:
         """Log what the checks found, each line once."""

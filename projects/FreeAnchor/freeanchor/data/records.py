@@ -1,4 +1,4 @@
-"""Records in Detectron2's standard format: checked, and as the truth of an evaluation."""
+"""The checks of records in Detectron2's standard format that Python registered."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from .fields import read_boxes, read_flags, read_ids
 from .findings import BOX_PROBLEMS, Findings, box_problems, check_plausible, show
 from .masks import MaskColumn
 
-__all__ = ["check_records", "to_coco"]
+__all__ = ["check_records"]
 
 _MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
 
@@ -31,7 +31,7 @@ def check_records(
 
     Returns:
         New records without the boxes that cannot be used, and what was found. An annotation has
-        `iscrowd` and `area`, a record `image_id`.
+        a whole number as `category_id`, `iscrowd` and `area`, a record `image_id`.
 
     Raises:
         DatasetError: a record is not in the format, or most boxes cannot be used.
@@ -85,7 +85,8 @@ def check_records(
                 area = float(annotation.get("area") or 0)
                 # Else COCO's evaluation would leave the object out, without a word.
                 area = area if 0 < area < math.inf else float(box[2] * box[3])
-                kept.append({**annotation, "iscrowd": int(is_crowd), "area": area})
+                own = {"category_id": int(annotation["category_id"]), "iscrowd": int(is_crowd)}
+                kept.append({**annotation, **own, "area": area})
         record["annotations"] = kept
     return records, findings
 
@@ -161,44 +162,3 @@ def _check_classes(
                 f"{show(category)}: it must be from 0 to {num_classes - 1}, as `thing_classes` "
                 f"has {num_classes} names"
             )
-
-
-def to_coco(records: Sequence[dict[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
-    """The truth of COCO's evaluation: the objects of checked records.
-
-    Args:
-        records: see :func:`check_records`.
-        class_names: of the model.
-
-    Returns:
-        A new COCO dict. Ids are 1, 2, ... in the order of records, classes and boxes; an image has
-        the user's as `original_id`. There are no `annotations` where the records have none.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, record in enumerate(records, 1):
-        image: dict[str, Any] = {
-            k: record[k] for k in ("file_name", "width", "height") if k in record
-        }
-        images.append({"id": image_id, **image, "original_id": record["image_id"]})
-        for a in record.get("annotations", ()):
-            box = BoxMode.convert(list(a["bbox"]), BoxMode(a["bbox_mode"]), BoxMode.XYWH_ABS)
-            mask = a.get("segmentation")
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(a["category_id"]) + 1,
-                    "bbox": [float(v) for v in box],
-                    "area": float(a["area"]),
-                    "iscrowd": int(a["iscrowd"]),
-                    **({} if mask is None else {"segmentation": mask}),
-                }
-            )
-    truth: dict[str, Any] = {
-        "images": images,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(class_names, 1)],
-    }
-    if any("annotations" in x for x in records):
-        truth["annotations"] = annotations
-    return truth

@@ -36,15 +36,12 @@ def read_truth(dataset_name: str) -> Truth:
     """Read the objects of a registered data set.
 
     Args:
-        dataset_name: its name. `coco_truth` of its metadata gives the objects where
-            :mod:`freeanchor.data` has read it, else its `json_file` or its records do.
+        dataset_name: its name. The objects are those of the `json_file` of its metadata, or of its
+            records where there is none or :mod:`freeanchor.data` has checked them.
     """
     metadata = MetadataCatalog.get(dataset_name)
     contiguous = None
-    if metadata.get("coco_truth") is not None:
-        content = metadata.coco_truth()
-        contiguous = {c["id"]: c["id"] - 1 for c in content["categories"]}
-    elif metadata.get("json_file") is not None:
+    if metadata.get("json_file") is not None and not metadata.get("is_checked"):
         known = metadata.get("thing_dataset_id_to_contiguous_id") is not None
         if not known and dataset_name in DatasetCatalog.list():
             DatasetCatalog.get(dataset_name)  # Detectron2 learns the ids only then
@@ -67,7 +64,6 @@ def read_truth(dataset_name: str) -> Truth:
         "categories": [{"id": i + 1, "name": str(i)} for i in range(num_classes)],
         "annotations": annotations,
     }
-    images = {x.get("original_id", x["id"]): images[x["id"]] for x in content["images"]}
     has_masks = all("segmentation" in x for x in annotations)
     return Truth(dataset, images, "annotations" in content, has_masks)
 
