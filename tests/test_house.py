@@ -17,8 +17,8 @@ PACKAGE = REPOSITORY / "projects" / "FreeAnchor" / "freeanchor"
 # From the ground up. What is on one floor does not import each other.
 FLOORS = (
     ("errors", "compat", "openmp", "paths"),
-    ("command_line", "config", "layers", "values"),
-    ("modeling",),
+    ("command_line", "config", "layers"),
+    ("modeling", "values"),
     ("checkpoint", "evaluation"),
     ("data", "model_zoo"),
     ("visualization",),

@@ -8,6 +8,8 @@ variable, because a config could set a config key.
 import os
 import re
 from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = [
     "read_config",
     "scored_part",
     "trainer_options",
+    "value_of",
 ]
 
 _UNSAFE = "FREEANCHOR_UNSAFE_LOAD"
@@ -176,6 +179,15 @@ def trainer_options(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.FREEANCHOR.IGNORE_REGIONS:
         found.append("MODEL.FREEANCHOR.IGNORE_REGIONS")
     return found
+
+
+def value_of(cfg: CfgNode, key: str) -> Any:
+    """The value of a key such as `MODEL.MASK_ON`.
+
+    Raises:
+        KeyError, TypeError: there is no such key.
+    """
+    return reduce(getitem, key.split("."), cfg)
 
 
 def is_two_stage(cfg: CfgNode) -> bool:

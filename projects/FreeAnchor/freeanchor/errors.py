@@ -9,6 +9,7 @@ __all__ = [
     "FreeAnchorError",
     "LoaderError",
     "check_folder",
+    "first_line",
     "shorten",
 ]
 
@@ -41,6 +42,11 @@ def check_folder(folder: str | Path) -> None:
     there = next((x for x in (folder, *folder.parents) if x.exists()), None)
     if there is not None and not there.is_dir():
         raise FileError(f"{folder} cannot be a folder to write to: {there} is a file")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, or else its kind, for a sentence of our own."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:

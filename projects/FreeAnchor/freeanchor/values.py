@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from .config import value_of
 from .errors import FreeAnchorError
 
 __all__ = ["building", "check_values"]
@@ -81,12 +82,12 @@ def check_values(cfg: CfgNode, training: bool) -> None:
     """
     for what, is_right, keys in _RANGES:
         for key in keys:
-            value = _get(cfg, key)
+            value = value_of(cfg, key)
             if (training or not key.startswith("SOLVER.")) and not all(map(is_right, _flat(value))):
                 raise FreeAnchorError(f"{key} must be {what}, got {value}")
     for key in ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"):
-        if not all(_get(cfg, key)):
-            raise FreeAnchorError(f"{key} must have a number for each level, got {_get(cfg, key)}")
+        if not all(levels := value_of(cfg, key)):
+            raise FreeAnchorError(f"{key} must have a number for each level, got {levels}")
     if len(weights := cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS) != 4:
         raise FreeAnchorError(f"MODEL.RETINANET.BBOX_REG_WEIGHTS must be four, got {weights}")
     if training and cfg.INPUT.CROP.ENABLED:
@@ -128,7 +129,7 @@ def building(what: str, cfg: CfgNode, *parts: str) -> Iterator[None]:
         last = traceback.extract_tb(e.__traceback__)[-1]
         text = str(e) or str(last.line)
         keys = [key for part in parts for key in _suspects(cfg, part, text)]
-        named = ", ".join(f"{key} {_get(cfg, key)!r}" for key in keys)
+        named = ", ".join(f"{key} {value_of(cfg, key)!r}" for key in keys)
         raise FreeAnchorError(
             f"{what} cannot be built of {named or ' and '.join(parts)}: {type(e).__name__}: {text} "
             f"({Path(last.filename).name}, line {last.lineno})"
@@ -152,12 +153,6 @@ def _suspects(cfg: CfgNode, part: str, text: str) -> Iterator[str]:
 def _is_telling(value: Any) -> bool:
     """Whether a value stands for itself: neither the length of a list nor what many keys have."""
     return isinstance(value, str) or (isinstance(value, int | float) and value not in range(10))
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import value_of
 from ..errors import FileError, shorten
 from .classes import CLASS_PREDICTOR, keep_known_classes, zoo_classes
 from .convert import take_average, to_detectron2
@@ -227,15 +228,14 @@ class Checkpointer(DetectionCheckpointer):
             pixels = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
             config = {key: value for key, value in config.items() if key not in pixels}
         for key, value in config.items():
-            node = self.cfg
-            for part in key.split("."):
-                if not isinstance(node, CfgNode) or part not in node:
-                    raise FileError(
-                        f"The weights {self.path} need the config key {key}, which this FreeAnchor "
-                        "does not have: they are damaged, or of a newer version"
-                    )
-                node = node[part]
-            if not is_same(node, value) and not (
+            try:
+                own = value_of(self.cfg, key)
+            except (KeyError, TypeError) as e:
+                raise FileError(
+                    f"The weights {self.path} need the config key {key}, which this FreeAnchor "
+                    "does not have: they are damaged, or of a newer version"
+                ) from e
+            if not is_same(own, value) and not (
                 self._is_start and key == "MODEL.RETINANET.NUM_CLASSES"
             ):
                 wrong[key] = value

@@ -1,12 +1,11 @@
 """What a checkpoint says of the config that its weights need: what their shapes do not tell."""
 
 import math
-from functools import reduce
-from operator import getitem
 from typing import Any
 
 from detectron2.config import CfgNode
 
+from ..config import value_of
 from .files import CLASS_NAMES
 
 __all__ = ["BOX_KEYS", "described_config", "is_described_here", "is_same"]
@@ -47,7 +46,7 @@ def described_config(cfg: CfgNode | None) -> dict[str, Any]:
     if cfg is None:
         return {}
     names = list(cfg.MODEL.FREEANCHOR.CLASS_NAMES)
-    found = {key: reduce(getitem, key.split("."), cfg) for key in _KEYS}
+    found = {key: value_of(cfg, key) for key in _KEYS}
     return {**found, **({CLASS_NAMES: names} if names else {})}
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import OPT_IN, is_unsafe_allowed
-from ..errors import FileError, check_folder
+from ..errors import FileError, check_folder, first_line
 from . import unpickle
 
 __all__ = [
@@ -113,10 +113,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"could run code. {OPT_IN}"
         ) from e
     except Exception as e:  # whatever a parser makes of bytes that are not what they should be
-        reason = str(e).strip().partition("\n")[0] or type(e).__name__
         raise FileError(
-            f"{path} is damaged, cut off or of another type than its name says ({reason}): remove "
-            "it, and get it again from where it came from"
+            f"{path} is damaged, cut off or of another type than its name says ({first_line(e)}): "
+            "remove it, and get it again from where it came from"
         ) from e
     if not is_unsafe_allowed():
         _check_size(path, _num_bytes(checkpoint, set()))

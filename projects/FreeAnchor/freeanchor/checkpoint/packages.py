@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from ..errors import FileError
+from ..errors import FileError, first_line
 
 __all__ = ["Handler", "HubHandler", "PackageHandler", "TimmHandler"]
 
@@ -49,8 +49,7 @@ class HubHandler(Handler):
                 f"{owner}/{repository}", name or _HUB_FILE, force_download=force
             )
         except Exception as e:  # of the library, the net or the disk
-            reason = str(e).strip().partition("\n")[0] or type(e).__name__
-            raise FileError(f"{path} cannot be had: {reason}") from e
+            raise FileError(f"{path} cannot be had: {first_line(e)}") from e
         return local
 
 

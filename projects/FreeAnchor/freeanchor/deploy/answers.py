@@ -58,7 +58,7 @@ def find_bag(
     instances.gt_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]) * scale)
     instances.gt_classes = torch.tensor([label])
     inputs |= {"instances": instances, "resize_factors": factors}
-    with predictor._lock:
+    with predictor.lock:
         (matching,) = match_inputs(predictor.model, [inputs])
 
     def rows(anchors: torch.Tensor, values: torch.Tensor, name: str) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ class Predictor:
         thresholds: what those of each class have, (C,).
         recommended: the recommended thresholds that came with the weights, if any.
         model: the model, in evaluation mode.
+        lock: what runs the model holds it.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Predictor:
         optimize_inference(self.model, *settings)
         self._run = MultiScaleTest(cfg, self.model) if aug else self.model
         # Detectron2's batch norm of heads counts the levels that it has seen.
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         if aug:
             self._resize = ResizeShortestEdge(0, 0)  # MultiScaleTest resizes
@@ -222,7 +223,7 @@ class Predictor:
             groups.setdefault(tuple(-(-x // stride) for x in size), []).append(i)
         found: dict[int, Instances] = {}
         for group in groups.values():
-            with self._lock, self._selection.unlimited():
+            with self.lock, self._selection.unlimited():
                 outputs = self._run([batch[i].input for i in group])
             for i, output in zip(group, outputs, strict=True):
                 found[i] = self._selection.best(output["instances"].to("cpu"))

@@ -19,7 +19,7 @@ from ..checkpoint import (
     read_thresholds,
     write_checkpoint,
 )
-from ..errors import FreeAnchorError
+from ..errors import FreeAnchorError, first_line
 from ..visualization import Run, read_metrics
 from .checkpoints import class_names, find_checkpoint
 
@@ -61,7 +61,7 @@ def push(source: str | Path, repository: str, public: bool = False) -> str:
                     repo_id=repository, folder_path=folder, commit_message="Add the model"
                 )
         except Exception as e:  # of the library, the net or the Hub
-            reason = str(e).strip().partition("\n")[0] or type(e).__name__
+            reason = first_line(e)
             if token := huggingface_hub.get_token():
                 reason = reason.replace(token, "(the token)")
             raise FreeAnchorError(f"{repository} cannot be pushed to: {reason}") from e
@@ -87,11 +87,8 @@ def write_package(source: str | Path, repository: str, folder: Path) -> None:
     state = model.state_dict()
     write_checkpoint(folder / "model.safetensors", state, described_config(cfg))
     copy_thresholds(Path(find(cfg.MODEL.WEIGHTS)).parent, folder, state)
-    run = Path(source)
-    metrics = run / "metrics.json"
-    records = read_metrics(metrics) if metrics.is_file() else []
-    thresholds = read_thresholds(folder, state)
-    card = _card(repository, cfg, records, thresholds)
+    records = read_metrics(Path(source) / "metrics.json")
+    card = _card(repository, cfg, records, read_thresholds(folder, state))
     # Where the files were on this machine is nobody's concern.
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "", "output"
     (folder / "config.yaml").write_text(cfg.dump())

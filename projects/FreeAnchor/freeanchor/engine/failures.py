@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 
 from ..checkpoint import replacing
-from ..errors import FileError, FreeAnchorError, LoaderError, shorten
+from ..errors import FileError, FreeAnchorError, LoaderError, first_line, shorten
 from ..modeling import without_ddp
 
 __all__ = ["NonFiniteReport", "explained", "explained_silence"]
@@ -65,7 +65,7 @@ def explained(step: Any, work: Any) -> Iterator[None]:
             raise FreeAnchorError(f"{where}: {_out_of_memory(step, work)}") from e
         if "DataLoader worker" not in text:
             raise
-        reason = text.strip().partition("\n")[0].rstrip(". ")
+        reason = first_line(e).rstrip(". ")
         raise LoaderError(
             f"{where}: a data loader worker died while images such as "
             f"{shorten(work.describe_upcoming())} were loaded ({reason}): if the memory of the "

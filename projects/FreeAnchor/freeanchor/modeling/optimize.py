@@ -12,7 +12,7 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..errors import FreeAnchorError
+from ..errors import FreeAnchorError, first_line
 from .precision import choose_precision, is_channels_last
 
 __all__ = [
@@ -46,8 +46,7 @@ def choose_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise FreeAnchorError(f"the device {name} cannot be used here: {reason}") from e
+        raise FreeAnchorError(f"the device {name} cannot be used here: {first_line(e)}") from e
     return name
 
 
