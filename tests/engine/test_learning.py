@@ -88,6 +88,24 @@ def test_anchors_that_do_not_fit(cfg, dataset, caplog, size, start, options, exp
     assert ("`freeanchor anchors` proposes" in caplog.text) == expected
 
 
+def test_large_data_sets_are_sampled(cfg, dataset):
+    """Images that are not looked at are not unpacked, of which there may be 100,000."""
+    (record, *_), asked = DatasetCatalog.get(dataset[0]), []
+
+    class Records:
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, index):
+            asked.append(range(10_000)[index])
+            return record
+
+    hook = LearningCheck(cfg, Records())
+    hook.trainer = types.SimpleNamespace(start_iter=0)
+    hook.before_train()
+    assert asked == list(range(0, 10_000, 20))
+
+
 def test_what_to_try(curve, cfg):
     """Only what fits the run: with weights, many epochs and fitting anchors, the learning rate."""
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 8, 0.02

@@ -205,9 +205,10 @@ class LearningCheck(HookBase):
 
     def _anchor_fit(self) -> _AnchorFit | None:
         """How the config's anchors fit, None where it has none or images have no size."""
-        records = list(self.records)
+        step = max(1, len(self.records) // _IMAGES_LOOKED_AT)
+        records = [self.records[i] for i in range(0, len(self.records), step)]  # each is unpacked
         try:
-            images = training_boxes(records[:: max(1, len(records) // _IMAGES_LOOKED_AT)], self.cfg)
+            images = training_boxes(records, self.cfg)
             unfitted = float((best_anchor_iou(images, self.cfg) < GOOD_IOU).mean())
         except (DatasetError, KeyError, ValueError):  # no sizes, or anchors of another kind
             return None
