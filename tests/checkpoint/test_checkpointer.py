@@ -25,6 +25,7 @@ from freeanchor.errors import FileError
 from torch import nn
 
 MMDET = str(GOLDEN / "mmdet_r50.pth")
+QUICK, LITE0 = "quick/free_anchor_R_18_FPN.yaml", "finetune/free_anchor_Lite0_FPN.yaml"
 
 
 def build(cfg, *options):
@@ -631,3 +632,21 @@ def test_first_convolution_of_another_width(tmp_path, cfg, model, caplog, image_
         Checkpointer(model, frozen).load_start(str(tmp_path / "colour.pkl"))
     with pytest.raises(FileError, match="need another model than the config makes"):
         Checkpointer(other, cfg).load(str(tmp_path / "colour.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "expected"),
+    [
+        (QUICK, [], ""),
+        (QUICK, ["MODEL.BACKBONE.FREEZE_AT", 1], "bottom_up.stem.conv1.weight"),
+        (LITE0, [], "bottom_up.model.model.conv_stem.weight"),
+        (LITE0, ["MODEL.TIMM.FREEZE_AT", 0], "bottom_up.model.model.bn1.weight"),
+        (LITE0, ["MODEL.TIMM.FREEZE_AT", 0, "MODEL.TIMM.NORM", ""], ""),
+    ],
+)
+def test_frozen_layers_without_weights(caplog, config, options, expected):
+    """What would stay random is named, whichever backbone freezes it and whoever trains."""
+    cfg, model = build(quick_cfg(config), *options)
+    Checkpointer(model, cfg).resume_or_load("", resume=False)
+    said = "".join(x for x in caplog.messages if "MODEL.WEIGHTS is empty" in x)
+    assert f"backbone.{expected}" in said if expected else not said

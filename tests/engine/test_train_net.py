@@ -517,14 +517,6 @@ def test_machines_that_would_not_meet(train_net, monkeypatch, options):
         train_net("--num-gpus", "2", "--num-machines", "2", *options)
 
 
-def test_frozen_random_backbone_is_pointed_out(train_net, data_options, tmp_path):
-    """Without ImageNet weights, a frozen backbone learns nothing."""
-    register, names = data_options
-    output = tmp_path / "output"
-    train_net(*register, *names, *TINY, "MODEL.BACKBONE.FREEZE_AT", "2", "OUTPUT_DIR", output)
-    assert "MODEL.WEIGHTS is empty" in (output / "log.txt").read_text()
-
-
 @pytest.mark.parametrize("several", [False, True])
 def test_everything_there_is_to_evaluate(train_net, data_options, tmp_path, several):
     """NMS recall, parts of AP and test-time augmentation, each beside the others."""

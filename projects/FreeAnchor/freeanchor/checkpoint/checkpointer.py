@@ -132,13 +132,19 @@ class Checkpointer(DetectionCheckpointer):
         weights know by name keep what was learned of them, see :func:`keep_known_classes`.
 
         Args:
-            path: see :meth:`load`.
+            path: see :meth:`load`. Without any, a line of the log names what is frozen.
             checkpointables: what else to load, by default nothing; None for all that there is.
 
         Raises:
             FileError: see :meth:`load`; the weights are not of this backbone, or other tensors
                 than those of the predictors are of another shape.
         """
+        if not path and (frozen := self._frozen()):
+            self.logger.warning(
+                "MODEL.WEIGHTS is empty, but FREEZE_AT or NORM of MODEL.BACKBONE, RESNETS or TIMM "
+                f"freezes layers, which stay random: {shorten(frozen)}. Give ImageNet weights, or "
+                "set FREEZE_AT 0 and a trainable norm"
+            )
         self._is_start = True
         try:
             return self.load(path, None if checkpointables is None else list(checkpointables))
@@ -164,6 +170,10 @@ class Checkpointer(DetectionCheckpointer):
         self._is_result = "trainer" not in wanted
         checkpoint: dict[str, Any] = super().load(path and find(path), checkpointables)
         return checkpoint
+
+    def _frozen(self) -> list[str]:
+        """The weights that are not trained."""
+        return [k for k, x in self.model.named_parameters() if not x.requires_grad]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
@@ -305,7 +315,7 @@ class Checkpointer(DetectionCheckpointer):
             }
             backbone = [k for k in _start_of(names, missing) if _OFFSET not in k]
             lacking = [k for k in backbone if k in missing]
-            frozen = {k for k, x in self.model.named_parameters() if not x.requires_grad}
+            frozen = self._frozen()
             problems = {
                 "missing": lacking if len(lacking) > _MOST_MISSING * len(backbone) else [],
                 "frozen by FREEZE_AT of MODEL.BACKBONE or MODEL.TIMM, but random": [

@@ -347,12 +347,4 @@ def setup(args: argparse.Namespace) -> CfgNode:
         scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         if warning := _learning_rate_warning(scaled, read_config(args.config_file)):
             logger.warning(warning)
-    if (
-        not (args.eval_only or args.resume or cfg.MODEL.WEIGHTS)
-        and cfg.MODEL.BACKBONE.FREEZE_AT > 0
-    ):
-        logger.warning(
-            "MODEL.WEIGHTS is empty, but MODEL.BACKBONE.FREEZE_AT freezes the first layers: they "
-            "stay random. Give ImageNet weights, or set FREEZE_AT 0 and a trainable norm"
-        )
     return cfg
