@@ -93,6 +93,13 @@ def test_several_processes(coco, cfg, monkeypatch):
     assert not is_trainable
 
 
+def test_a_system_that_does_not_count_cores(coco, cfg, monkeypatch):
+    """MacOS does not say which of them a process may use."""
+    _, path, images = coco()
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert data.check_dataset(path, images, cfg)[1]
+
+
 class Deadly(data.ImageReader):
     """Ends the process that reads the third image, as the system does for lack of memory."""
 

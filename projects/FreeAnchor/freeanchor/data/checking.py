@@ -85,7 +85,10 @@ def _look_at_images(file: CocoFile, reader: ImageReader) -> list[ImageState]:
     work = [(reader, record) for record in records]
     # Not forked: PyTorch's threads would not survive it.
     context = multiprocessing.get_context("spawn")
-    count = min(len(os.sched_getaffinity(0)), 1 + len(records) // _PER_PROCESS)
+    # Those that this process may use, which macOS does not say.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    count = min(cores, 1 + len(records) // _PER_PROCESS)
     if count == 1:
         return [_look(x) for x in tqdm(work, desc="images", delay=1)]
     try:
