@@ -210,7 +210,12 @@ def test_processes_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", [["-m", "freeanchor"], ["-c", "from freeanchor.__main__ import main; main()"]]
+    "how",
+    [
+        *(["-m", "freeanchor"], ["-um", "freeanchor"], ["-mfreeanchor"]),
+        ["-c", "from freeanchor.__main__ import main; main()"],
+    ],
+    ids=" ".join,
 )
 def test_errors_of_commands(how, tmp_path):
     """One sentence and exit status 1, however the command line is started."""

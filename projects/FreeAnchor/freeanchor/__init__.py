@@ -8,8 +8,9 @@ from .openmp import share_cores
 
 def _is_command_line() -> bool:
     """Whether this process is `freeanchor COMMAND`, which answers --help before heavy imports."""
-    if sys.argv[0] == "-m":  # while Python looks for the module to run
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    if sys.argv[0] == "-m":  # while Python looks for the module to run, named before its arguments
+        name = sys.orig_argv[-len(sys.argv)]
+        return __name__ == (name.partition("m")[2] if name.startswith("-") else name)  # or -mNAME
     # A process that a command has started was given the command's arguments, but not started by.
     return Path(sys.argv[0]).stem == __name__ and sys.argv[0] in sys.orig_argv
 
