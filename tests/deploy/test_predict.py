@@ -110,6 +110,20 @@ def test_ctrl_c(folder, tmp_path, monkeypatch, capsys, is_endless, expected):
     assert len(json.loads((tmp_path / "detections.json").read_text())["images"]) == 2
 
 
+def test_labels_of_a_data_set_are_kept(tmp_path):
+    """With its folder as --out, what people drew would be lost; detections may be made anew."""
+    (tmp_path / "labels").mkdir()
+    for name, text in (("a", "0 0.5 0.5 0.2 0.2 0.9\n"), ("b", "")):  # detections
+        (tmp_path / "labels" / f"{name}.txt").write_text(text)
+    WRITERS["yolo"](tmp_path, ["cell"])
+    (tmp_path / "classes.txt").write_text("mine\n")
+    for line in ("0 0.5 0.5 0.2 0.2", "0 0.1 0.1 0.9 0.1 0.9 0.9"):
+        (tmp_path / "labels" / "a.txt").write_text(f"{line}\n")
+        with pytest.raises(FreeAnchorError, match=r"a\.txt holds labels .* give another --out"):
+            WRITERS["yolo"](tmp_path, ["cell"])
+    assert (tmp_path / "classes.txt").read_text() == "mine\n"
+
+
 def test_a_video_on_a_full_disk(tmp_path):
     """OpenCV says nothing: it would be a file that no player opens."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

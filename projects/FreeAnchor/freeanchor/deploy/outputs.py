@@ -20,6 +20,7 @@ from pycocotools import mask as mask_api
 
 from ..checkpoint import replacing
 from ..data import encode_mask
+from ..data.importing import read_lines
 from ..errors import FreeAnchorError
 from ..visualization import find_font, overlay_masks
 
@@ -27,6 +28,7 @@ __all__ = ["WRITERS", "Detected", "draw_boxes", "encode_masks"]
 
 # What every OpenCV writes.
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+_YOLO_COLUMNS = 6  # class, four of the box, score, which labels that people draw do not have
 
 
 class Detected(NamedTuple):
@@ -270,6 +272,12 @@ class Yolo(_Base):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder / "labels", class_names)
         self._names = _Names()
+        for path in filter(Path.is_file, self.folder.glob("*.txt")):
+            if any(len(x.split()) != _YOLO_COLUMNS for x in read_lines(path)):
+                raise FreeAnchorError(
+                    f"{path} holds labels that are no detections, which would be lost: give "
+                    "another --out"
+                )
         text = "".join(f"{x}\n" for x in class_names)
         (folder / "classes.txt").write_text(text, encoding="utf-8")
 
