@@ -98,3 +98,15 @@ def test_slices(place):
     (expected,) = Predictor("output/cells", confidence=0.1)(["picture.jpg"])
     assert found
     assert abs(max(x.score.value for x in found) - expected.scores[0]) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_slices_of_a_larger_picture(place):
+    """The whole picture, which SAHI detects in too, and pieces, which are moved to their places."""
+    pytest.importorskip("sahi")
+    cv2.imwrite("picture.jpg", cv2.resize(cv2.imread("picture.jpg"), (400, 300)))
+    names = {}
+    exec(example("import get_sliced_prediction"), names)
+    boxes = [x.bbox.to_xyxy() for x in names["result"].object_prediction_list]
+    assert max(x[2] for x in boxes) > 256
+    assert all(x[2] <= 400 and x[3] <= 300 for x in boxes)
