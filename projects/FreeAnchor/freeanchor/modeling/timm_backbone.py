@@ -166,8 +166,13 @@ class TimmBackbone(Backbone):
             norm.eval()
         return self
 
+    @property
+    def size_divisibility(self) -> int:
+        """What images are padded to multiples of, also for a model without a pyramid."""
+        return max(int(x) for x in self._out_feature_strides.values())
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the features of (N, C, H, W) images, H and W multiples of the largest stride."""
+        """Compute the features of (N, C, H, W) images, H and W multiples of size_divisibility."""
         return dict(zip(self._names, self.model(x)))
 
 
