@@ -171,6 +171,28 @@ def test_token(browser, predictor):
         assert browser.run("location.href") == address
 
 
+def test_server_with_another_token(browser, predictor, images, tmp_path):
+    """A server that was started again is asked anew, and the page is as it was at first."""
+    with serving(predictor, token="0123456789abcdef") as port:
+        address = f"http://127.0.0.1:{port}/"
+        browser.open("about:blank")
+        browser.call("Page.navigate", url=f"{address}#token=0123456789abcdef")
+        browser.wait("document.getElementById('limits')?.textContent")
+        browser.run("sessionStorage.setItem('token', 'of another run')")
+        (tmp_path / "a.png").write_bytes(encode(images[0]))
+        drop(browser, tmp_path / "a.png")
+        browser.wait("!document.getElementById('ask-token').hidden")
+        browser.run(
+            "document.getElementById('token').value = '0123456789abcdef';"
+            "document.querySelector('#ask-token button').click()"
+        )
+        browser.wait("document.getElementById('ask-token').hidden")
+        drop(browser, tmp_path / "a.png")
+        browser.wait("document.getElementById('status').textContent.includes('done')")
+        assert browser.run("document.querySelectorAll('figure').length") == 1
+        assert browser.run("document.querySelectorAll('#viewer input[type=range]').length") == 1
+
+
 def test_busy_server(browser, tmp_path):
     """The page waits and asks again, as it is told, and the picture is not lost."""
     model = Slow()

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from conftest import QUICK
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import read_checkpoint
@@ -192,3 +193,11 @@ def test_learning_rate_for_larger_batches(tiny):
     log = (tiny(*keys) / "log.txt").read_text()
     assert 0 < log.index(said) < log.index("Starting training")
     assert "Scaled, it is" not in (tiny("SOLVER.MAX_ITER", "1", output="b") / "log.txt").read_text()
+
+
+def test_config_without_a_learning_rate(tiny, tmp_path):
+    """A file that leaves it to the command line (0) has nothing to compare with."""
+    path = tmp_path / "own.yaml"
+    path.write_text(f"_BASE_: {QUICK}\nSOLVER:\n  BASE_LR: 0.0\n")
+    run = tiny(f"--config-file={path}", "SOLVER.BASE_LR", "0.01", "SOLVER.MAX_ITER", "1")
+    assert "Scaled, it is" not in (run / "log.txt").read_text()

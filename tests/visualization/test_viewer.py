@@ -320,12 +320,16 @@ def test_keyboard(shown):
     assert [box[k] for k in ("x0", "y0", "x1", "y1", "label")] == [54, 25, 104, 52, 0]
 
 
-def test_drawing_with_the_mouse(shown):
-    """A box that is drawn is asked about in pixels of the image, whatever its size in the page."""
-    shown.run(
+def begin_drawing(browser):
+    browser.run(
         "(() => {for (const x of document.querySelectorAll('.check'))"
         " if (x.textContent.includes('draw')) x.querySelector('input').click()})()"
     )
+
+
+def test_drawing_with_the_mouse(shown):
+    """A box that is drawn is asked about in pixels of the image, whatever its size in the page."""
+    begin_drawing(shown)
     rect = shown.run(
         "(r => [r.x, r.y, r.width])(document.querySelector('svg').getBoundingClientRect())"
     )
@@ -335,6 +339,23 @@ def test_drawing_with_the_mouse(shown):
     shown.wait("document.querySelectorAll('.anchor').length === 3")
     box = shown.run("window.asked[2]")
     assert [box[k] for k in ("x0", "y0", "x1", "y1")] == pytest.approx([100, 20, 150, 80], abs=1)
+
+
+def test_drawing_that_is_interrupted(shown):
+    """A touch that the system takes away, or a second finger, leaves nothing behind."""
+    begin_drawing(shown)
+    shown.run(
+        "document.querySelector('svg').setPointerCapture = () => {};"  # of pointers that are none
+        "window.point = (type, x, isPrimary = true) => document.querySelector('svg').dispatchEvent("
+        "new PointerEvent(type, {clientX: x, clientY: x, isPrimary, bubbles: true}))"
+    )
+    drafts = "document.querySelectorAll('.draft').length"
+    shown.run("point('pointerdown', 60); point('pointerdown', 90, false); point('pointermove', 80)")
+    assert shown.run(drafts) == 1
+    shown.run("point('pointercancel', 80); point('pointermove', 100)")
+    assert shown.run(drafts) == 0
+    shown.run("point('pointerup', 100)")
+    assert shown.run("window.asked") is None
 
 
 @pytest.mark.parametrize("width", [390, 1200])

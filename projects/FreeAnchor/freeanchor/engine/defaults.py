@@ -296,13 +296,15 @@ def _device_warning(cfg: CfgNode, args: argparse.Namespace) -> str:
 def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
     """What to say of a learning rate that is for larger batches, empty if it is not.
 
+    A file without a rate of its own (0) has none to compare with.
+
     Args:
         cfg: config of the run, scaled by `SOLVER.REFERENCE_WORLD_SIZE`.
         file: the config file as it is.
     """
     ours, theirs = cfg.SOLVER, file.SOLVER
     scale = ours.IMS_PER_BATCH / theirs.IMS_PER_BATCH
-    if _TOLERATED * theirs.BASE_LR * scale >= ours.BASE_LR:
+    if not theirs.BASE_LR or _TOLERATED * theirs.BASE_LR * scale >= ours.BASE_LR:
         return ""
     scaled = {
         "BASE_LR": f"{theirs.BASE_LR * scale:.4g}",

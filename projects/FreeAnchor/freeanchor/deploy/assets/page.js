@@ -66,6 +66,13 @@
     at("errors").append(item);
   }
 
+  /* Remove all pictures. */
+  function clear() {
+    for (const { image } of viewer?.cards ?? []) URL.revokeObjectURL(image.src);
+    viewer?.clear();
+    at("viewer").hidden = at("actions").hidden = at("hint").hidden = true;
+  }
+
   async function start() {
     try {
       model = await ask("api/model");
@@ -78,6 +85,8 @@
     document.title = `FreeAnchor: ${model.categories.length} classes`;
     const { max_bytes, max_pixels } = model.limits;
     at("limits").textContent = `, up to ${max_bytes / 1e6} MB and ${max_pixels / 1e6} million pixels`;
+    clear(); // of a model that was served before, whose token is no longer right
+    at("viewer").replaceChildren();
     const data = { classes: model.categories, runs: [""], images: [] };
     viewer = new Viewer(at("viewer"), data, {
       score: model.score, canDraw: model.bags, bag: model.bags ? bag : null, hasMasks: model.masks,
@@ -148,9 +157,7 @@
     URL.revokeObjectURL(link.href);
   });
   at("clear").addEventListener("click", () => {
-    for (const { image } of viewer.cards) URL.revokeObjectURL(image.src);
-    viewer.clear();
-    at("viewer").hidden = at("actions").hidden = at("hint").hidden = true;
+    clear();
     at("files").focus();
   });
   start();

@@ -3,7 +3,7 @@
 
    A box is {x0, y0, x1, y1, label, ...} in pixels, `label` the index of its class. Detections have
    a `score`, and ground truth may be `crowd`. Both may have a `mask`, a run-length encoding as COCO
-   has them, of the picture at any size. `outcomes` is freeanchor/visualization/outcomes.py. */
+   has them, of the picture at any size. `outcomes` is freeanchor/evaluation/outcomes.py. */
 const Boxes = (() => {
   const TOUCHING = 0.1; // IoU from which a detection is a poor box of an object, not background
   const MOST_COVERED = 0.2; // of a picture by its labels

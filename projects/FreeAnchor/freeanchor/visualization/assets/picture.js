@@ -293,7 +293,7 @@ const { Picture, Dom } = (() => {
     }
 
     drag(event) {
-      if (!this.viewer.isDrawing || event.button) return;
+      if (!this.viewer.isDrawing || event.button || !event.isPrimary) return;
       const { left, top } = this.overlay.getBoundingClientRect();
       const scale = this.image.width / this.overlay.clientWidth;
       const inside = (value, limit) => Math.min(Math.max(value * scale, 0), limit);
@@ -309,16 +309,17 @@ const { Picture, Dom } = (() => {
         this.bag = null;
         this.redraw();
       };
-      const up = () => {
-        this.overlay.removeEventListener("pointermove", move);
+      const listening = new AbortController(), { signal } = listening;
+      const end = ({ type }) => {
+        listening.abort();
         const d = this.draft;
-        if (d && d.x1 - d.x0 > 1 && d.y1 - d.y0 > 1) this.askDraft();
+        if (type === "pointerup" && d && d.x1 - d.x0 > 1 && d.y1 - d.y0 > 1) this.askDraft();
         else this.clear();
       };
       this.overlay.setPointerCapture(event.pointerId);
-      this.overlay.addEventListener("pointermove", move);
-      this.overlay.addEventListener("pointerup", up, { once: true });
-      this.overlay.addEventListener("pointercancel", () => this.clear(), { once: true });
+      this.overlay.addEventListener("pointermove", move, { signal });
+      this.overlay.addEventListener("pointerup", end, { signal });
+      this.overlay.addEventListener("pointercancel", end, { signal }); // a call comes in
     }
   }
 
