@@ -8,7 +8,6 @@ import torch
 from conftest import quick_cfg
 from detectron2.modeling import build_model
 from freeanchor.checkpoint import Checkpointer, find, read_checkpoint
-from freeanchor.checkpoint.timm_weights import _lite0_name
 from freeanchor.errors import FileError
 from hub import serve_hub
 from safetensors.torch import save_file
@@ -36,15 +35,46 @@ def timm_cfg(name, *options):
     reason="the package with the weights is not installed",
 )
 def test_weights_of_the_package():
-    """All tensors of the backbone are its own, and the whole classifier is timm's model."""
+    """All tensors of the backbone are its own, each in its place."""
     cfg = quick_cfg(LITE0)
     assert cfg.MODEL.WEIGHTS == PACKAGE
     model = build_model(cfg)
     Checkpointer(model, cfg).load_start(PACKAGE)
-    state = {_lite0_name(k): v for k, v in read_checkpoint(find(PACKAGE)).items()}
-    for name, tensor in model.backbone.bottom_up.model.model.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-    assert not timm.create_model("tf_efficientnet_lite0").load_state_dict(state)[0]
+    own = read_checkpoint(find(PACKAGE))
+    loaded = model.backbone.bottom_up.model.model.state_dict()
+    for name, original in (  # of the first block, of the last of a stage, and of the last stage
+        ("conv_stem.weight", "_conv_stem.weight"),
+        ("bn1.running_var", "_bn0.running_var"),
+        ("blocks.0.0.conv_pw.weight", "_blocks.0._project_conv.weight"),
+        ("blocks.4.2.bn2.bias", "_blocks.10._bn1.bias"),
+        ("blocks.5.3.conv_pwl.weight", "_blocks.14._project_conv.weight"),
+        ("blocks.6.0.bn3.running_mean", "_blocks.15._bn2.running_mean"),
+    ):
+        assert torch.equal(loaded[name], own[original]), name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_of_the_larger_packages(tmp_path, size):
+    """The model is known by its shapes, as Lite1 and Lite2 have the same number of blocks."""
+    name = f"tf_efficientnet_lite{size}"
+    source = timm.create_model(name).state_dict()
+    path = tmp_path / "package.pth"
+    # Such a file has the tensors of timm in their order, by names of its own.
+    torch.save({_package_name(k, i): v for i, (k, v) in enumerate(source.items())}, path)
+    options = ["MODEL.PIXEL_MEAN", [127.0] * 3, "MODEL.PIXEL_STD", [128.0] * 3]
+    cfg = timm_cfg(name, *options)
+    model = build_model(cfg)
+    Checkpointer(model, cfg).load_start(str(path))
+    for key, tensor in model.backbone.bottom_up.model.model.state_dict().items():
+        assert torch.equal(tensor, source[key]), key
+    cfg = timm_cfg(f"tf_efficientnet_lite{3 - size}", *options)
+    with pytest.raises(FileError, match=rf"set MODEL\.TIMM\.NAME {name}"):
+        Checkpointer(build_model(cfg), cfg).load_start(str(path))
+
+
+def _package_name(name, place):
+    leaf = name.rpartition(".")[2]
+    return "_conv_stem.weight" if place == 0 else f"_blocks.{place}.{leaf}"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -105,11 +135,17 @@ def test_weights_that_need_another_config(tmp_path, options, message):
 
 
 def test_weights_of_the_package_in_another_model(tmp_path):
-    """They are known by their names."""
-    torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "lite0.pth")
+    """They are known by their names, and a part of them by nothing."""
+    source = timm.create_model("tf_efficientnet_lite0").state_dict()
+    named = {_package_name(k, i): v for i, (k, v) in enumerate(source.items())}
     cfg = timm_cfg("resnet18")
-    with pytest.raises(FileError, match=r"set MODEL\.TIMM\.NAME tf_efficientnet_lite0"):
-        Checkpointer(build_model(cfg), cfg).load_start(str(tmp_path / "lite0.pth"))
+    for state, message in (
+        (named, r"set MODEL\.TIMM\.NAME tf_efficientnet_lite0"),
+        (dict(list(named.items())[:-1]), "but the shapes of none"),
+    ):
+        torch.save(state, tmp_path / "lite0.pth")
+        with pytest.raises(FileError, match=message):
+            Checkpointer(build_model(cfg), cfg).load_start(str(tmp_path / "lite0.pth"))
 
 
 @pytest.fixture

