@@ -9,14 +9,15 @@ from detectron2.utils.events import EventStorage
 from freeanchor.engine import LearningCheck, Trainer
 from freeanchor.visualization import NOT_LEARNING
 
-LENGTH = 300
+LENGTH, WARMUP = 300, 100
 NOISE = 0.3  # of the likelihood's logarithm, from batch to batch
 
 
 @pytest.fixture
 def curve(cfg, dataset, tmp_path, caplog):
     """Runs the check over synthetic curves of a run, and gives what it logs."""
-    cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR = LENGTH, str(tmp_path)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = LENGTH, WARMUP
+    cfg.OUTPUT_DIR = str(tmp_path)
     records = DatasetCatalog.get(dataset[0])
 
     def run(likelihood, localized=lambda x: 0.9, stop=LENGTH, start=0, state=None):
@@ -53,8 +54,12 @@ def curve(cfg, dataset, tmp_path, caplog):
         (lambda i: 0.2 + 0.0002 * i, lambda i: 1.0, "likelihood of a bag is 0.2"),
         (lambda i: float("nan"), lambda i: 1.0, "likelihood of a bag is nan"),
         (lambda i: 0.0007 * 1.015**i, lambda i: 0.9, "not above the 0.02 of exact boxes"),
+        (lambda i: 0.01 * 1.03 ** max(0, i - WARMUP), lambda i: 0.9, ""),
     ],
-    ids=["flat", "falling", "nowhere", "learns where", "learns", "learned", "slow", "NaN", "low"],
+    ids=[
+        *("flat", "falling", "nowhere", "learns where", "learns", "learned", "slow", "NaN", "low"),
+        "learns when the rate is there",
+    ],
 )
 def test_curves(curve, tmp_path, likelihood, localized, expected):
     """Logged once and kept for the report; nothing is said of a run that learns."""
@@ -65,7 +70,7 @@ def test_curves(curve, tmp_path, likelihood, localized, expected):
     assert path.exists() == bool(expected)
     if expected:
         assert path.read_text().strip() in text
-        assert "after 100 of 300 iterations" in text
+        assert "after 166 of 300 iterations" in text
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_resumed_before_the_check(curve):
 
 
 def test_short_runs_and_other_losses_are_not_judged(curve, cfg):
-    cfg.SOLVER.MAX_ITER = 30
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = 30, 10
     assert not curve(lambda i: 0.01)[0]
     hook = LearningCheck(cfg, [])
     hook.at, hook.window = 9, 5

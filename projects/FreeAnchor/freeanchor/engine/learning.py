@@ -1,4 +1,4 @@
-"""Says, after a third of a run, that it does not learn, and what to try.
+"""Says, after a third of a run behind its warm-up, that it does not learn, and what to try.
 
 Anchors that fit few of the objects are said before it.
 
@@ -99,7 +99,7 @@ def _find_problem(start: _Progress, now: _Progress, prior: float) -> str:
 
 
 class LearningCheck(HookBase):
-    """Compares the matching after a third of the run with that at its start.
+    """Compares the matching after a third of the run behind its warm-up with that at its start.
 
     What is wrong is logged, and written into the output folder, where the report finds it.
     """
@@ -112,7 +112,8 @@ class LearningCheck(HookBase):
             records: its images in Detectron2's standard format.
         """
         self.cfg, self.records = cfg, records
-        self.at = cfg.SOLVER.MAX_ITER // 3
+        warmup = cfg.SOLVER.WARMUP_ITERS
+        self.at = warmup + (cfg.SOLVER.MAX_ITER - warmup) // 3
         self.window = int(self.at * _WINDOW)
         self._start: _Progress | None = None
 
