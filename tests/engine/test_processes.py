@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,45 @@ def test_processes_load_the_same(results):
     """Where a folder is not shared, they agree on what is there, or say that they differ."""
     assert all("have loaded different weights" in x for x in results["weights"])
     assert results["resumed"] == [0, 0]
+
+
+@pytest.fixture
+def restarted(tiny, monkeypatch):
+    """Trains, or evaluates, as the process of a group that torchrun has started again."""
+
+    def run(*options):
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        # The group is that of this process alone.
+        monkeypatch.setattr(sys.modules["freeanchor.engine.launch"], "join_others", lambda _: None)
+        monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+        return tiny(*options)
+
+    return run
+
+
+def test_restart_goes_on_with_its_own_run_alone(tiny, restarted):
+    """And not with one that was there before, as the first start was refused for it."""
+    output = tiny("SOLVER.MAX_ITER", "3")
+    (output / "model_final.pth").unlink()
+    before = (output / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds a run already \(last_checkpoint\)"):
+        restarted("SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001")
+    assert (output / "config.yaml").read_bytes() == before
+    assert not (output / "model_final.pth").exists()
+    restarted("SOLVER.MAX_ITER", "3")
+    assert (output / "model_final.pth").exists()
+    assert "Starting training from iteration 2" in (output / "log.txt").read_text()
+
+
+def test_restarted_evaluation_is_of_the_weights_that_it_names(tiny, restarted, tmp_path):
+    """And not of the last checkpoint of its folder."""
+    output = tiny("SOLVER.MAX_ITER", "1")
+    weights = shutil.copy(output / "model_final.pth", tmp_path / "named.pth")
+    restarted("--eval-only", "DATASETS.TEST", "('tiny',)", "MODEL.WEIGHTS", weights)
+    said = (output / "log.txt").read_text()
+    assert said.rpartition("Loading from ")[2].startswith(str(weights))
 
 
 def test_slurm_variables():

@@ -40,7 +40,15 @@ from ..modeling.precision import choose_precision
 from ..values import check_values
 from .checkpoints import has_best
 
-__all__ = ["argument_parser", "build_config", "check", "check_config", "keep_config", "setup"]
+__all__ = [
+    "argument_parser",
+    "build_config",
+    "check",
+    "check_config",
+    "check_run",
+    "keep_config",
+    "setup",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +271,20 @@ def _check_place(args: argparse.Namespace, output_dir: str) -> None:
             f"--resume: there is no checkpoint in {output_dir}, the OUTPUT_DIR of {config}, but "
             f"beside that file: add OUTPUT_DIR {config.parent}"
         )
+
+
+def check_run(cfg: CfgNode) -> None:
+    """Refuse to go on, after a restart, with a run that the first start was refused for.
+
+    Args:
+        cfg: config of the run, which is that in its folder.
+
+    Raises:
+        FreeAnchorError: another run is there.
+    """
+    config = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if config.is_file() and config.read_bytes() != cfg.dump().encode():
+        _check_output(cfg.OUTPUT_DIR)
 
 
 def _check_output(output_dir: str) -> None:

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from .. import errors
 from ..command_line import one_sentence
-from .defaults import check
+from .defaults import build_config, check, check_run
 from .failures import explained_silence
 from .processes import adopt_slurm, is_placed, join_others, spawn, was_restarted
 
@@ -75,11 +75,15 @@ def _run_placed(main: Callable[[argparse.Namespace], Any], args: argparse.Namesp
         )
     join_others(args.timeout)
     with explained_silence():
-        args.resume = args.resume or was_restarted()
+        # An evaluation is of the weights that it names, however often it begins.
+        goes_on = was_restarted() and not (args.resume or args.eval_only)
+        args.resume = args.resume or goes_on
         problem = None
         if comm.is_main_process():
             try:
                 check(args)
+                if goes_on:
+                    check_run(build_config(args))
             except errors.FreeAnchorError as e:
                 problem = e
         if any(comm.all_gather(problem is not None)):
