@@ -10,10 +10,12 @@ import signal
 import pytest
 import torch
 from detectron2.engine import hooks
+from detectron2.solver import LRMultiplier
 from freeanchor.checkpoint import Checkpointer, files, read_checkpoint
 from freeanchor.data import register_datasets
 from freeanchor.engine import checkpoints
 from freeanchor.errors import FileError
+from fvcore.common.param_scheduler import StepWithFixedGammaParamScheduler
 from tiny_run import difference, result
 
 
@@ -211,6 +213,21 @@ def test_resuming_with_another_learning_rate(tiny):
     tiny("--resume", *keys, "SOLVER.BASE_LR", "0.001", "SOLVER.STEPS", "(6,)")
     rates = [json.loads(x)["lr"] for x in (output / "metrics.json").read_text().splitlines()]
     assert rates == pytest.approx([0.03, 0.0001])
+
+
+def test_schedule_without_a_rate_at_its_end(tiny, monkeypatch):
+    """A step behind the last iteration does not cost the run, nor its resumption."""
+
+    def build(cfg, optimizer):  # as WarmupStepWithFixedGammaLR of Detectron2's main branch
+        number = cfg.SOLVER.MAX_ITER
+        steps = StepWithFixedGammaParamScheduler(1.0, num_decays=2, gamma=0.5, num_updates=number)
+        return LRMultiplier(optimizer, steps, number)
+
+    monkeypatch.setattr("detectron2.engine.defaults.build_lr_scheduler", build)
+    output = tiny("SOLVER.BASE_LR", "0.004")
+    assert json.loads((output / "metrics.json").read_text())["lr"] == 0.001
+    tiny("--resume", "SOLVER.BASE_LR", "0.004")
+    assert "Nothing is left to train" in log(output)
 
 
 def evaluated_as(monkeypatch, values):
@@ -455,3 +472,15 @@ def test_average_with_precise_batch_norm(tiny):
         averages.append(content["ema"][f"module.{name}"])
     assert torch.equal(*weights)
     assert not torch.allclose(*averages, rtol=0.1)
+
+
+def test_precise_batch_norm_of_a_resumed_run(tiny):
+    """It is of the same images as that of an uninterrupted one."""
+    keys = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    output = tiny(*keys, "TEST.EVAL_PERIOD", "2")
+    expected = result(output)
+    for name in ("model_final.pth", "last_checkpoint"):
+        (output / name).unlink()
+    tiny("--resume", *keys, "TEST.EVAL_PERIOD", "2")
+    assert "Starting training from iteration 4" in log(output)
+    assert not difference(expected, result(output))

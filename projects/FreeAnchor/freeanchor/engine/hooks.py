@@ -3,14 +3,14 @@
 from typing import Any
 
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..modeling import match_inputs
 from ..visualization import draw_matching, to_image
 
-__all__ = ["MatchingPictures"]
+__all__ = ["MatchingPictures", "PreciseBN"]
 
 
 class MatchingPictures(HookBase):
@@ -49,3 +49,14 @@ class MatchingPictures(HookBase):
         pixels = convert_image_to_rgb(image["image"].permute(1, 2, 0), self.model.input_format)
         picture = to_image(draw_matching(pixels, {"now": matching}))
         get_event_storage().put_image("matching", picture.transpose(2, 0, 1))
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's, on the images that are trained on next, whenever the run was resumed."""
+
+    def update_stats(self) -> None:
+        loader = self.trainer.data_loader
+        if hasattr(loader, "state_dict"):  # one of the user's own goes on instead
+            self._data_loader.load_state_dict(loader.state_dict())
+            self._data_iter = None
+        super().update_stats()

@@ -81,6 +81,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Draw endlessly, from where :meth:`load_state_dict` has put it."""
+        self.upcoming.clear()
         loader = DataLoader(
             _Augmented(self.records, self._mapper, self.seed),
             batch_sampler=self._draw(),

@@ -32,7 +32,7 @@ from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
 from .defaults import check_config, keep_config
 from .evaluators import best_metrics, build_evaluator, looking_into
-from .hooks import MatchingPictures
+from .hooks import MatchingPictures, PreciseBN
 from .learning import LearningCheck
 from .loader import TrainLoader
 from .metrics import MetricsWriter, TolerantWriter
@@ -45,6 +45,9 @@ from .step import Request, TrainStep
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
+
+# Just before the end of a schedule, which is 1.
+_END = 1 - 1e-5
 
 
 class Trainer(DefaultTrainer):
@@ -260,6 +263,14 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        scheduler = super().build_lr_scheduler(cfg, optimizer)
+        schedule = scheduler._multiplier
+        # After the last iteration it is asked for a rate too, where fvcore's steps have none.
+        scheduler._multiplier = lambda x: schedule(x if x < 1 else _END)
+        return scheduler
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         records = load_training_set(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         # Enough to take the place of as many images as may break.
@@ -336,7 +347,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             loader = self.build_train_loader(cfg)  # another one than that of the training
             number, period = cfg.TEST.PRECISE_BN.NUM_ITER, cfg.TEST.EVAL_PERIOD
-            result.append(hooks.PreciseBN(period, self.evaluated_model, loader, number))
+            result.append(PreciseBN(period, self.evaluated_model, loader, number))
         # Before the evaluation, so that nothing is lost if that fails or is interrupted.
         result += [self._checkpoints, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if comm.is_main_process():
