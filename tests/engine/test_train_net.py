@@ -385,6 +385,7 @@ def test_damaged_image_in_training(train_net, data_options, tmp_path, num_worker
                 ("relative_range", "[0.5,1.5]", "SIZE must be two shares"),
                 ("absolute", "[0.9,0.9]", "SIZE must be two numbers of pixels"),
                 ("absolute_range", "[300]", "SIZE must be two"),
+                ("absolute_range", "[300,200]", "SIZE must be the smaller size first"),
                 ("share", "[0.9,0.9]", "TYPE must be one of relative, .*, got share"),
             )
         ),

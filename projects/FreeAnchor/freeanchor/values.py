@@ -106,6 +106,8 @@ def _check_crop(kind: str, size: Sequence[float]) -> None:
     if len(size) != 2 or not all(0 < x <= 1 if is_share else x >= 1 for x in size):
         what = "shares above 0 and up to 1" if is_share else "numbers of pixels"
         raise FreeAnchorError(f"INPUT.CROP.SIZE must be two {what} with {kind}, got {size}")
+    if kind == "absolute_range" and size[0] > size[1]:
+        raise FreeAnchorError(f"INPUT.CROP.SIZE must be the smaller size first, got {size}")
 
 
 @contextmanager
