@@ -15,7 +15,7 @@ from pathlib import Path
 import freeanchor  # isort: skip  # makes Detectron2 importable
 import torch
 from conftest import instances, quick_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import create_ddp_model
 from detectron2.engine.hooks import EvalHook
 from detectron2.modeling import build_model
@@ -195,6 +195,25 @@ def loaded(triple, names, resume=False):
     return trainer.start_iter
 
 
+def ordered_otherwise(triple):
+    """What is said of a data set that the second process has in another order."""
+    data.register_datasets([triple])
+    records = DatasetCatalog.get(triple[0])
+    DatasetCatalog.register("ordered", lambda: records[:: -1 if comm.get_rank() else 1])
+    MetadataCatalog.get("ordered").thing_classes = MetadataCatalog.get(triple[0]).thing_classes
+    cfg = quick_cfg()
+    cfg.merge_from_list(TINY_MODEL)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("ordered",)
+    cfg.OUTPUT_DIR, cfg.MODEL.RETINANET.NUM_CLASSES = str(Path(triple[1]).parent / "output"), 0
+    said = []
+    for work in (Trainer, lambda cfg: Trainer.test(cfg, Oracle("ordered"))):
+        try:
+            work(cfg)
+        except FreeAnchorError as e:
+            said.append(str(e))
+    return said
+
+
 def compare_ltm(config):
     """The gradient of LTM in two processes against that of one, see docs/methods.md."""
 
@@ -249,6 +268,7 @@ def main(folder):
     results["weights"] = fork(loaded, 2, triple, ("a.pth", "b.pth"))
     # Newest on the second process alone: it starts anew like the first.
     results["resumed"] = fork(loaded, 2, triple, ("", "model_final.pth"), True)
+    results["ordered"] = fork(ordered_otherwise, 2, triple)
     print(json.dumps(results))
 
 

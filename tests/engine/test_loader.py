@@ -69,11 +69,20 @@ def test_goes_on_anywhere(grouping, num_workers):
 
 
 def test_other_images_are_said(caplog):
-    """A run that goes on with more of them, or fewer, is not the one that began."""
+    """A run that goes on with others, or in another order, is not the one that began."""
     first = TrainLoader(config(), RECORDS, draw)
-    for records, is_said in ((RECORDS, False), (RECORDS[:-1], True)):
+    moved = [{**x, "file_name": f"elsewhere/{x['file_name']}"} for x in RECORDS]
+    for records, said in (
+        (RECORDS, ""),
+        (moved, ""),
+        (RECORDS[:-1], f"has {NUM_IMAGES - 1} images instead of {NUM_IMAGES}"),
+        (RECORDS[::-1], "has other images, or in another order than before"),
+    ):
+        caplog.clear()
         TrainLoader(config(), records, draw).load_state_dict(first.state_dict())
-        assert (f"has {len(records)} images instead of {NUM_IMAGES}" in caplog.text) == is_said
+        warnings = "".join(x.message for x in caplog.records if x.levelname == "WARNING")
+        assert said in warnings
+        assert bool(said) == bool(warnings)
 
 
 def test_leaves_the_random_numbers_alone():

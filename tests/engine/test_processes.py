@@ -89,6 +89,13 @@ def test_processes_load_the_same(results):
     assert results["resumed"] == [0, 0]
 
 
+def test_processes_have_the_same_images(results):
+    """In training and evaluation, each would take another part than that which is left to it."""
+    for said in results["ordered"]:
+        assert len(said) == 2
+        assert all(x.startswith("ordered: the processes have other images") for x in said)
+
+
 @pytest.fixture
 def restarted(tiny, monkeypatch):
     """Trains, or evaluates, as the process of a group that torchrun has started again."""

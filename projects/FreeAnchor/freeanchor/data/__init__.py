@@ -6,7 +6,14 @@ from .checking import check_dataset
 from .classes import NUM_CLASSES_FROM_DATA, resolve_classes
 from .coco import read_coco
 from .coco_file import CocoFile
-from .datasets import check_images, check_overlap, load_training_set, report_findings
+from .datasets import (
+    check_alike,
+    check_images,
+    check_overlap,
+    fingerprint,
+    load_training_set,
+    report_findings,
+)
 from .images import IMAGE_SUFFIXES, ImageReader, num_channels, read_image
 from .mapper import Mapper
 from .masks import decode_mask, encode_mask
@@ -23,11 +30,13 @@ __all__ = [
     "ImageReader",
     "Mapper",
     "best_anchor_iou",
+    "check_alike",
     "check_dataset",
     "check_images",
     "check_overlap",
     "decode_mask",
     "encode_mask",
+    "fingerprint",
     "import_boxes",
     "import_voc",
     "import_yolo",

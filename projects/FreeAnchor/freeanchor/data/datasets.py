@@ -3,7 +3,8 @@
 import functools
 import logging
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,12 +15,21 @@ from detectron2.data.build import (
     print_instances_class_histogram,
 )
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 
 from ..errors import DatasetError, shorten
 from .catalog import file_of, take_over
 from .images import ImageReader, ImageState
 
-__all__ = ["check_images", "check_overlap", "load_training_set", "report_findings", "sum_up"]
+__all__ = [
+    "check_alike",
+    "check_images",
+    "check_overlap",
+    "fingerprint",
+    "load_training_set",
+    "report_findings",
+    "sum_up",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +115,32 @@ def check_overlap(training: Sequence[str], test: Sequence[str]) -> None:
             logger.warning(
                 f"{file_of(name)}: {len(both)} of its images are trained on, as {both[0]} of "
                 f"{file_of(owner[both[0]])}: what is measured on them does not hold for others"
+            )
+
+
+def fingerprint(files: Iterable[str]) -> int:
+    """A number for images, by their names and order, in whatever folder."""
+    return zlib.crc32(ascii([os.path.basename(x) for x in files]).encode())
+
+
+def check_alike(names: Sequence[str]) -> None:
+    """Compare what the processes see of data sets, as each takes its part of them by numbers.
+
+    Args:
+        names: registered data sets, the same on all processes.
+
+    Raises:
+        DatasetError: one has other images, or these in another order, on another process.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for name in names:
+        if len(set(comm.all_gather(fingerprint(take_over(name).image_files())))) > 1:
+            raise DatasetError(
+                f"{file_of(name)}: the processes have other images of it than each other, or in "
+                "another order: its file must be the same on all machines, and a function of "
+                "Python must give the same list in each process (sort what comes from a set or "
+                "from a folder)"
             )
 
 

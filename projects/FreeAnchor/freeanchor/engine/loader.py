@@ -26,6 +26,7 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from ..data import fingerprint
 from ..errors import FreeAnchorError
 
 __all__ = ["TrainLoader"]
@@ -67,6 +68,7 @@ class TrainLoader:
         # Batch sizes and their iterations, in the order in which they were drawn.
         self._seen: list[list[int]] = [[cfg.SOLVER.IMS_PER_BATCH, 0]]
         self._mapper = mapper
+        self._fingerprint = fingerprint(record["file_name"] for record in records)
         self._shape = [0] * len(records)
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             self._shape = [_is_wide(record) for record in records]
@@ -111,15 +113,21 @@ class TrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """The order of the images, and how far it was followed."""
         seen = [list(x) for x in self._seen]
-        return {"seed": self.seed, "seen": seen, "images": len(self.records)}
+        return {
+            "seed": self.seed,
+            "seen": seen,
+            "images": len(self.records),
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another run stopped, possibly with another batch size."""
         before, now = state.get("images", len(self.records)), len(self.records)
-        if before != now:
+        if before != now or state.get("fingerprint", self._fingerprint) != self._fingerprint:
+            images = f"{now} images instead of {before}" if before != now else "other images"
             logger.warning(
-                f"The training set has {now} images instead of {before}: they come in another "
-                "order, so that the run is not identical to an uninterrupted one"
+                f"The training set has {images}, or in another order than before, so that the run "
+                "is not identical to an uninterrupted one"
             )
         self.seed = state["seed"]
         self._seen = [list(x) for x in state["seen"]]

@@ -21,6 +21,7 @@ from ..checkpoint import Checkpointer, checksum
 from ..data import (
     ImageReader,
     Mapper,
+    check_alike,
     check_overlap,
     load_training_set,
     report_findings,
@@ -79,6 +80,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             report_findings(names)
         check_config(cfg, training=True)
+        check_alike(names)
         check_overlap(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
         self._unscaled = cfg
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -298,6 +300,7 @@ class Trainer(DefaultTrainer):
         """
         if cfg.DATASETS.TEST and cfg.MODEL.FREEANCHOR.CLASS_NAMES:  # else its training has
             _resolve_classes(cfg, cfg.DATASETS.TEST)
+        check_alike(cfg.DATASETS.TEST)
         with inference_autocast(cfg, model):
             evaluators = [
                 DatasetEvaluators([cls.build_evaluator(cfg, name), *looking_into(model, cfg, name)])
