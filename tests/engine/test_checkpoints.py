@@ -14,7 +14,7 @@ from detectron2.solver import LRMultiplier
 from freeanchor.checkpoint import Checkpointer, files, read_checkpoint
 from freeanchor.data import register_datasets
 from freeanchor.engine import checkpoints
-from freeanchor.errors import FileError
+from freeanchor.errors import DatasetError, FileError
 from fvcore.common.param_scheduler import StepWithFixedGammaParamScheduler
 from tiny_run import difference, result
 
@@ -87,6 +87,24 @@ def test_signal_in_the_last_evaluation(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: evaluated.append(1) or {})
     tiny("--resume", "DATASETS.TEST", "('tiny',)")
     assert evaluated
+
+
+def test_evaluation_that_fails(tiny, monkeypatch):
+    """The iteration before it, which is saved, is not trained a second time."""
+    keys = ["DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3", "TEST.BEST_METRIC", ""]
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {})
+    expected = result(tiny(*keys, output="whole"))
+
+    def fail(*_):
+        raise DatasetError("an image is broken")
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", fail)
+    with pytest.raises(SystemExit, match="an image is broken"):
+        tiny(*keys)
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {})
+    output = tiny("--resume", *keys)
+    assert "Starting training from iteration 3" in log(output)
+    assert not difference(expected, result(output))
 
 
 def test_minutes(tiny, monkeypatch):

@@ -233,12 +233,7 @@ class Trainer(DefaultTrainer):
                         self.max_iter = self.iter + 1
                     self.after_step()
                     self.iter += 1
-            except BaseException as e:
-                # Saving takes all processes, and the others do not know of the error.
-                is_loader = isinstance(e, DatasetError | LoaderError)
-                if is_loader and self.iter > self.start_iter and comm.get_world_size() == 1:
-                    self.iter -= 1
-                    self._checkpoints.save()
+            except BaseException:
                 # The hooks would evaluate after the last iteration, also if that has failed.
                 self.max_iter = self.iter + 2
                 raise
@@ -252,6 +247,16 @@ class Trainer(DefaultTrainer):
                 f"The run ended without its checkpoint: {self._checkpoints.problem}"
             )
         return results
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except (DatasetError, LoaderError):
+            # Saving takes all processes, and the others do not know of the error.
+            if self.iter > self.start_iter and comm.get_world_size() == 1:
+                self.iter -= 1
+                self._checkpoints.save()
+            raise
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
