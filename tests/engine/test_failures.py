@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import QUICK
+from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 from freeanchor.__main__ import main
 from freeanchor.checkpoint import read_checkpoint
@@ -141,6 +142,20 @@ def test_worker_that_dies(tiny, monkeypatch, tmp_path):
     assert re.search(rf"Iteration \d: .* worker died while images such as {images}", message)
     iteration = int(re.search(r"Iteration (\d)", message)[1])
     assert (tmp_path / "output" / f"model_{iteration - 1:07d}.pth").exists()
+
+
+def test_worker_of_another_loader_that_dies(tiny, monkeypatch):
+    """Detectron2's, which a subclass of the trainer may build, does not say what it loads."""
+
+    def build(trainer, cfg):
+        def end(record):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return build_detection_train_loader(cfg, mapper=end)
+
+    monkeypatch.setattr("freeanchor.engine.Trainer.build_train_loader", build)
+    with pytest.raises(SystemExit, match="Iteration 0: a data loader worker died while images w"):
+        tiny("DATALOADER.NUM_WORKERS", "1")
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,13 @@ def explained(step: Any, work: Any) -> Iterator[None]:
             raise FreeAnchorError(f"{where}: {_out_of_memory(step, work)}") from e
         if "DataLoader worker" not in text:
             raise
-        reason = first_line(e).rstrip(". ")
+        images = "images"
+        if hasattr(work, "describe_upcoming"):  # a loader of the user's own need not have it
+            images = f"images such as {shorten(work.describe_upcoming())}"
         raise LoaderError(
-            f"{where}: a data loader worker died while images such as "
-            f"{shorten(work.describe_upcoming())} were loaded ({reason}): if the memory of the "
-            "machine was short, lower DATALOADER.NUM_WORKERS. --resume goes on from the last "
-            "checkpoint"
+            f"{where}: a data loader worker died while {images} were loaded "
+            f"({first_line(e).rstrip('. ')}): if the memory of the machine was short, lower "
+            "DATALOADER.NUM_WORKERS. --resume goes on from the last checkpoint"
         ) from e
 
 
