@@ -61,6 +61,16 @@ def test_script_that_evaluates(script):
     assert own == {0: 30, 1: 20, 2: 10}
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_said"), [("coco", False), ("coco_panoptic_seg", False), ("lvis", True)]
+)
+def test_data_set_with_rules_of_its_own(script, caplog, kind, is_said):
+    """LVIS's annotations name some of the classes of an image alone, which COCO's AP ignores."""
+    vars(MetadataCatalog.get("val"))["evaluator_type"] = kind
+    Trainer.build_evaluator(script, "val")
+    assert (f"not that of its evaluator_type {kind}" in caplog.text) == is_said
+
+
 class Counter(DatasetEvaluator):
     """Counts the images that it sees."""
 

@@ -1,8 +1,10 @@
 """The evaluators that a config asks for, and what they compute."""
 
+import logging
 import os
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
@@ -15,6 +17,8 @@ from ..evaluation import (
 from ..paths import file_stem
 
 __all__ = ["best_metrics", "build_evaluator", "looking_into"]
+
+logger = logging.getLogger(__name__)
 
 
 def best_metrics(cfg: CfgNode) -> list[str]:
@@ -40,6 +44,13 @@ def build_evaluator(
         dataset_name: a registered data set.
         output_folder: where its files go, by default `inference` in `OUTPUT_DIR`.
     """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if not kind.startswith("coco"):  # "coco_panoptic_seg" has the same figures of boxes
+        logger.warning(
+            f"{dataset_name}: AP is COCO's, and not that of its evaluator_type {kind}, which may "
+            "leave other objects and classes out. For that, override build_evaluator of "
+            "freeanchor.engine.Trainer"
+        )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     return BoxEvaluator(
         dataset_name,
