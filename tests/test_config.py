@@ -10,9 +10,11 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
 from freeanchor import FreeAnchor, model_zoo
 from freeanchor.checkpoint import catalog
 from freeanchor.config import CONFIGS, read_config
+from freeanchor.engine.defaults import scale_schedule
 from freeanchor.errors import FileError
 from freeanchor.modeling import LTM, FreeAnchorRPN
 from freeanchor.values import check_values
@@ -224,6 +226,18 @@ def test_one_gpu_scales_the_schedule():
     assert cfg.SOLVER.IMS_PER_BATCH == 2
     assert pytest.approx(0.01 / 8) == cfg.SOLVER.BASE_LR
     assert cfg.SOLVER.WARMUP_ITERS == 4000
+
+
+def test_schedule_that_rounds_to_nothing(monkeypatch):
+    """On eight times as many processes, a short run still trains, evaluates and saves."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
+    cfg = load(QUICK)
+    cfg.SOLVER.MAX_ITER = cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    for period, expected in ((3, 1), (80, 10), (0, 0)):
+        cfg.TEST.EVAL_PERIOD = period
+        scaled = scale_schedule(cfg)
+        assert expected == scaled.TEST.EVAL_PERIOD
+        assert scaled.SOLVER.MAX_ITER == scaled.SOLVER.CHECKPOINT_PERIOD == 1
 
 
 def test_config_with_python_objects(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ __all__ = [
     "check_config",
     "check_run",
     "keep_config",
+    "scale_schedule",
     "setup",
 ]
 
@@ -342,6 +343,25 @@ def _learning_rate_warning(cfg: CfgNode, file: CfgNode) -> str:
     )
 
 
+def scale_schedule(cfg: CfgNode) -> CfgNode:
+    """Scale a config to the processes, as Detectron2 does by `SOLVER.REFERENCE_WORLD_SIZE`.
+
+    What rounds to 0 there, as the period of the evaluations in a short run, would never happen: it
+    happens in each iteration.
+    """
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
+    scaled.defrost()
+    for part, key in (
+        ("SOLVER", "MAX_ITER"),
+        ("SOLVER", "CHECKPOINT_PERIOD"),
+        ("TEST", "EVAL_PERIOD"),
+    ):
+        if cfg[part][key] > 0:
+            scaled[part][key] = max(1, scaled[part][key])
+    scaled.freeze()
+    return scaled
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """Build the config of a launched process, and set up logging and random numbers.
 
@@ -367,8 +387,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         report_findings(_dataset_names(cfg, args))
     if warning := _device_warning(cfg, args):
         logger.warning(warning)
-    if not args.eval_only:
-        scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        if warning := _learning_rate_warning(scaled, read_config(args.config_file)):
-            logger.warning(warning)
+    file = read_config(args.config_file)
+    if not args.eval_only and (warning := _learning_rate_warning(scale_schedule(cfg), file)):
+        logger.warning(warning)
     return cfg

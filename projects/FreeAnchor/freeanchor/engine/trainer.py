@@ -31,7 +31,7 @@ from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..modeling import BagDetector, MultiScaleTest, has_bags, without_ddp
 from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
-from .defaults import check_config, keep_config
+from .defaults import check_config, keep_config, scale_schedule
 from .evaluators import best_metrics, build_evaluator, looking_into
 from .hooks import MatchingPictures, PreciseBN
 from .learning import LearningCheck
@@ -83,7 +83,7 @@ class Trainer(DefaultTrainer):
         check_alike(names)
         check_overlap(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
         self._unscaled = cfg
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg = scale_schedule(cfg)
         _check_batch(cfg)
         model = self.build_model(cfg)
         with building("The optimiser", cfg, "SOLVER"):
