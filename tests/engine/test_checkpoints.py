@@ -56,8 +56,10 @@ def test_signal_in_an_evaluation_ends_at_once(tiny, monkeypatch):
     with pytest.raises(SystemExit) as status:
         tiny(*keys)
     assert status.value.code == 128 + signal.SIGTERM
-    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: {})
+    evaluated = []
+    monkeypatch.setattr("freeanchor.engine.Trainer.test", lambda *_: evaluated.append(1) or {})
     assert "Starting training from iteration 3" in log(tiny("--resume", *keys))
+    assert len(evaluated) == 2  # that one, and the last
 
 
 def test_signal_in_the_last_iteration(tiny, before_step, monkeypatch):
@@ -265,12 +267,11 @@ def test_best_checkpoint(tiny, monkeypatch):
     assert read_checkpoint(str(output / "model_best.pth"))["iteration"] == 1
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     (output / "last_checkpoint").unlink()
-    keys = evaluated_as(monkeypatch, [2.5, 2.0, 4.0])
+    keys = evaluated_as(monkeypatch, [2.0, 2.5, 2.0, 4.0])
     tiny("--resume", *keys, "SOLVER.MAX_ITER", "6")
     assert "Starting training from iteration 3" in log(output)
     assert "not better than best score 3.0" in log(output)
-    # The last evaluation is written with the number of iterations.
-    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (5, 6)
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] == 5
     for line in (output / "metrics.json").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # of NaN
 
@@ -307,10 +308,10 @@ def test_best_checkpoint_after_a_kill(tiny, monkeypatch):
     for name in ("model_final.pth", "last_checkpoint"):
         (output / name).unlink()
     assert names(output) == ["model_0000000.pth", "model_best.pth"]
-    tiny("--resume", *evaluated_as(monkeypatch, [2.0, 2.5]), "SOLVER.MAX_ITER", "3")
+    tiny("--resume", *evaluated_as(monkeypatch, [1.0, 2.0, 2.5]), "SOLVER.MAX_ITER", "3")
     assert best_of(output) == 3.0
     (output / "model_best.pth").unlink()
-    tiny("--resume", *evaluated_as(monkeypatch, [2.0]), "SOLVER.MAX_ITER", "4")
+    tiny("--resume", *evaluated_as(monkeypatch, [1.0, 2.0]), "SOLVER.MAX_ITER", "4")
     assert best_of(output) == 2.0
     assert "gone or damaged" in log(output)
 
@@ -333,7 +334,7 @@ def test_best_checkpoint_by_another_metric(tiny, monkeypatch):
     keys += ["TEST.BEST_METRIC", "bbox/AP75"]
     output = tiny("--resume", *keys, "SOLVER.MAX_ITER", "2")
     assert "not comparable" in log(output)
-    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] in (1, 2)
+    assert read_checkpoint(str(output / "model_best.pth"))["iteration"] == 0
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("bbox/AP", (0,)), ("other/bbox/AP", (1, 2))])
@@ -357,6 +358,18 @@ def test_early_stopping(tiny, monkeypatch):
     output = tiny(*keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "2")
     assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 4
     assert "AP has not become better for 2 evaluations, since iteration 1" in log(output)
+
+
+def test_early_stopping_of_a_resumed_run(tiny, monkeypatch):
+    """The evaluation behind the checkpoint that it goes on from counts, and counts once."""
+    output = tiny(*evaluated_as(monkeypatch, [1.0, 3.0, 2.0]), "SOLVER.MAX_ITER", "3")
+    for name in ("model_final.pth", "last_checkpoint"):
+        (output / name).unlink()
+    keys = evaluated_as(monkeypatch, [3.0, 2.0, 2.5, 9.0])
+    tiny("--resume", *keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "2")
+    assert "Starting training from iteration 2" in log(output)
+    assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 4
+    assert best_of(output) == 9.0  # the last of them
 
 
 def test_early_stopping_with_precise_batch_norm(tiny, monkeypatch):

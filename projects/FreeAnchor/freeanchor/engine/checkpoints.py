@@ -192,8 +192,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
     def _best_checking(self) -> None:
         nothing = math.nan, self.trainer.iter
         value, iteration = self.trainer.storage.latest().get(self._val_metric, nothing)
+        # After the last iteration it is the number of them.
+        iteration = min(iteration, self.trainer.max_iter - 1)
         if math.isfinite(value) and (self.best_metric is None or value > self.best_metric):
             self._save_best(value, iteration)
+            return
+        if iteration == self.best_iter:  # evaluated once more, as the run was resumed from there
             return
         if self.best_metric is None:
             self._logger.warning(f"{self._val_metric} is no number: no {BEST}.pth is written")

@@ -226,6 +226,8 @@ class Trainer(DefaultTrainer):
         with EventStorage(self.start_iter) as self.storage, self._checkpoints.answering_signals():
             try:
                 self.before_train()
+                if 0 < self.start_iter < self.max_iter:
+                    self._evaluate_anew()
                 while self.iter < self.max_iter:
                     self.before_step()
                     self.run_step()
@@ -247,6 +249,17 @@ class Trainer(DefaultTrainer):
                 f"The run ended without its checkpoint: {self._checkpoints.problem}"
             )
         return results
+
+    def _evaluate_anew(self) -> None:
+        """Evaluate what a run goes on from, where that is due: it was saved before its evaluation.
+
+        Else a run that was interrupted in an evaluation would never know how good its model was.
+        """
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, hooks.EvalHook | BestCheckpointer):
+                hook.after_step()
+        self.iter = self.start_iter
 
     def run_step(self) -> None:
         try:
