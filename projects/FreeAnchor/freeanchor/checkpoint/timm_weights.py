@@ -79,4 +79,6 @@ def _from_package(state: dict[str, Any], source: str) -> tuple[str, dict[str, An
             own = timm.create_model(name).state_dict()
         if kinds(own) == kinds(state):
             return name, dict(zip(own, state.values()))
-    raise FileError(f"{source} has the names of an EfficientNet-Lite, but the shapes of none")
+    raise FileError(
+        f"{source} has the names of an EfficientNet-Lite, but not its tensors in their order"
+    )
