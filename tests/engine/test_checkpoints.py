@@ -233,6 +233,25 @@ def test_resuming_with_another_learning_rate(tiny):
     tiny("--resume", *keys, "SOLVER.BASE_LR", "0.001", "SOLVER.STEPS", "(6,)")
     rates = [json.loads(x)["lr"] for x in (output / "metrics.json").read_text().splitlines()]
     assert rates == pytest.approx([0.03, 0.0001])
+    said = re.search(r"with other values than before \(.*yaml\): (.*)", log(output))[1]
+    assert said == (
+        "SOLVER.BASE_LR 0.001 instead of 0.03; SOLVER.MAX_ITER 8 instead of 4; "
+        "SOLVER.STEPS (6,) instead of [60000, 80000]"
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "- 1", "a: {", "MINE: 4", b"\xff"])
+def test_resuming_without_the_config_before(tiny, content):
+    """What cannot be compared does not cost the run."""
+    output = tiny("SOLVER.MAX_ITER", "3")
+    path = output / "config.yaml"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    tiny("--resume")
+    assert "Starting training from iteration 3" in log(output)
+    assert "other values" not in log(output)
+    assert "SOLVER" in path.read_text()
 
 
 def test_schedule_without_a_rate_at_its_end(tiny, monkeypatch):
@@ -354,10 +373,11 @@ def test_best_checkpoint_of_several_data_sets(tiny, coco, monkeypatch, metric, e
 
 def test_early_stopping(tiny, monkeypatch):
     """After two evaluations without a better one, the run ends as if it had been shorter."""
-    keys = evaluated_as(monkeypatch, [1.0, 3.0, 2.0, 2.5, 9.0])
+    keys = evaluated_as(monkeypatch, [1.0, 3.0, 2.0, 2.5, 2.0])
     output = tiny(*keys, "SOLVER.MAX_ITER", "20", "TEST.EARLY_STOPPING", "2")
     assert read_checkpoint(str(output / "model_final.pth"))["iteration"] == 4
     assert "AP has not become better for 2 evaluations, since iteration 1" in log(output)
+    assert log(output).count("the training ends with the next iteration") == 1  # not at its end
 
 
 def test_early_stopping_of_a_resumed_run(tiny, monkeypatch):

@@ -37,8 +37,8 @@ def config(**keys):
     cfg = quick_cfg()
     cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.NUM_WORKERS = False, 0
     for key, value in keys.items():
-        node = "SOLVER" if key == "IMS_PER_BATCH" else "DATALOADER"
-        cfg.merge_from_list([f"{node}.{key}", value])
+        node = {"IMS_PER_BATCH": "SOLVER.", "SEED": ""}.get(key, "DATALOADER.")
+        cfg.merge_from_list([f"{node}{key}", value])
     return cfg
 
 
@@ -83,6 +83,18 @@ def test_other_images_are_said(caplog):
         warnings = "".join(x.message for x in caplog.records if x.levelname == "WARNING")
         assert said in warnings
         assert bool(said) == bool(warnings)
+
+
+def test_another_seed_is_said(caplog):
+    """The images of a run stay in the order of its own, also where the two are no different."""
+    first = TrainLoader(config(SEED=3), RECORDS, draw)
+    expected = batches(first, 4)
+    for seed, said in ((3, False), (-1, False), (4, True)):
+        caplog.clear()
+        other = TrainLoader(config(SEED=seed), RECORDS, draw)
+        other.load_state_dict({**first.state_dict(), "seen": [[4, 0]]})
+        assert batches(other, 4) == expected
+        assert ("SEED 4 is not that of the run" in caplog.text) == said
 
 
 def test_leaves_the_random_numbers_alone():

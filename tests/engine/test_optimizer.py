@@ -83,5 +83,7 @@ def test_resumed_exactly(tiny):
             path.unlink()
     (output / "last_checkpoint").write_text("model_0000001.pth")
     resumed = tiny("--resume", *keys)
-    assert "Starting training from iteration 2" in (resumed / "log.txt").read_text()
+    log = (resumed / "log.txt").read_text()
+    assert "Starting training from iteration 2" in log
+    assert "other values" not in log
     assert not difference(result(whole), result(resumed))

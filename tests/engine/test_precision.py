@@ -25,6 +25,23 @@ def configure(cfg, *options):
     return cfg
 
 
+@pytest.mark.parametrize("value", [None, "", "highest", "high", "medium"])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_float32_of_gpus(cfg, monkeypatch, value, gpu):
+    """Detectron2's key, where it has one, is PyTorch's setting, and of GPUs alone."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    before = torch.backends.cudnn.allow_tf32
+    if value is not None:
+        cfg["FLOAT32_PRECISION"] = value
+    precision.set_float32_precision(cfg)
+    assert chosen == ([value] if value and gpu else [])
+    expected = value != "highest" if value and gpu else before
+    assert torch.backends.cudnn.allow_tf32 == expected
+
+
 def batch(count=2, size=96):
     """Images with two objects each, and one without."""
     boxes = [[8.0, 8.0, 60.0, 40.0], [30.0, 20.0, 50.0, 90.0]]

@@ -90,6 +90,11 @@ def check_values(cfg: CfgNode, training: bool) -> None:
             raise FreeAnchorError(f"{key} must have a number for each level, got {levels}")
     if len(weights := cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS) != 4:
         raise FreeAnchorError(f"MODEL.RETINANET.BBOX_REG_WEIGHTS must be four, got {weights}")
+    # A key of Detectron2's main branch.
+    if (precision := cfg.get("FLOAT32_PRECISION", "")) not in ("", "highest", "high", "medium"):
+        raise FreeAnchorError(
+            f"FLOAT32_PRECISION must be highest, high, medium or empty, got {precision}"
+        )
     if training and cfg.INPUT.CROP.ENABLED:
         _check_crop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
     sizes = cfg.INPUT.MIN_SIZE_TRAIN

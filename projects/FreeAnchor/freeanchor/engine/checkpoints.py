@@ -207,7 +207,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
             f"{self._val_metric} is {value:.5f}, not better than best score {self.best_metric:.5f} "
             f"of iteration {self.best_iter}"
         )
-        if 0 < self._patience <= self._evaluations_since:
+        is_last = self.trainer.iter >= self.trainer.max_iter - 1
+        if 0 < self._patience <= self._evaluations_since and not is_last:
             self._logger.info(
                 f"{self._val_metric} has not become better for {self._patience} evaluations, since "
                 f"iteration {self.best_iter}: the training ends with the next iteration"

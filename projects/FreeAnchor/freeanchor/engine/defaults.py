@@ -4,9 +4,11 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_argument_parser
 from detectron2.utils import comm
@@ -15,6 +17,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find, read_class_names, replacing
+from ..checkpoint.described import is_same
 from ..checkpoint.run_folder import LAST, checkpoints_in, last_checkpoint, refuse_best_alone
 from ..command_line import add_dataset_argument, number
 from ..config import (
@@ -39,6 +42,7 @@ from ..modeling.backbone import check_deformable
 from ..modeling.precision import choose_precision
 from ..values import check_values
 from .checkpoints import has_best
+from .precision import set_float32_precision
 
 __all__ = [
     "argument_parser",
@@ -47,6 +51,7 @@ __all__ = [
     "check_config",
     "check_run",
     "keep_config",
+    "report_changes",
     "scale_schedule",
     "setup",
 ]
@@ -55,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 # How much larger than the config file's a learning rate per image may be without a warning.
 _TOLERATED = 2.0
+# Where a run is, and what it began with: that does not matter to one that goes on.
+_NOT_OF_THE_RUN = ("OUTPUT_DIR", "MODEL.WEIGHTS", "SEED")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -261,6 +268,32 @@ def keep_config(cfg: CfgNode) -> None:
             f.write(cfg.dump().encode())
 
 
+def report_changes(cfg: CfgNode) -> None:
+    """Say which values a run goes on with that it did not have before, by its `config.yaml`.
+
+    An option that was forgotten at `--resume` would never be seen: the file is written anew.
+    """
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if not comm.is_main_process() or not path.is_file():
+        return
+    try:
+        changes = list(_changes(CfgNode.load_cfg(path.read_text(encoding="utf-8")), cfg))
+    except (AssertionError, AttributeError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # cut off, or written by something else
+    if changes:
+        logger.warning(f"Going on with other values than before ({path}): {'; '.join(changes)}")
+
+
+def _changes(before: CfgNode, now: CfgNode, prefix: str = "") -> Iterator[str]:
+    """The keys that both have, with other values."""
+    for key in sorted(before.keys() & now.keys()):
+        name, old, new = f"{prefix}{key}", before[key], now[key]
+        if isinstance(old, CfgNode) and isinstance(new, CfgNode):
+            yield from _changes(old, new, f"{name}.")
+        elif name not in _NOT_OF_THE_RUN and not is_same(old, new):
+            yield f"{name} {new!r} instead of {old!r}"
+
+
 def _check_place(args: argparse.Namespace, output_dir: str) -> None:
     """Refuse to start anew beside what is left of a run, or one that was moved."""
     if checkpoints_in(output_dir):
@@ -383,6 +416,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    set_float32_precision(cfg)
     if comm.is_main_process():
         report_findings(_dataset_names(cfg, args))
     if warning := _device_warning(cfg, args):

@@ -129,6 +129,11 @@ class TrainLoader:
                 f"The training set has {images}, or in another order than before, so that the run "
                 "is not identical to an uninterrupted one"
             )
+        if self.cfg.SEED >= 0 and state["seed"] != self.cfg.SEED:
+            logger.warning(
+                f"SEED {self.cfg.SEED} is not that of the run, whose images stay in the order of "
+                f"its own, {state['seed']}"
+            )
         self.seed = state["seed"]
         self._seen = [list(x) for x in state["seen"]]
         if self._seen[-1][0] != self.cfg.SOLVER.IMS_PER_BATCH:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..modeling.optimize import use_contiguous_group_norm
 from ..modeling.precision import choose_precision, is_channels_last
 
-__all__ = ["autocast", "inference_autocast", "optimize"]
+__all__ = ["autocast", "inference_autocast", "optimize", "set_float32_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,17 @@ def inference_autocast(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
             yield
     finally:
         handle.remove()
+
+
+def set_float32_precision(cfg: CfgNode) -> None:
+    """Let GPUs compute float32 in TensorFloat-32 or not, by a key that 0.6 does not have.
+
+    As Detectron2's main branch: "highest" is without, and an empty string is PyTorch's defaults.
+    """
+    if torch.cuda.is_available() and (precision := cfg.get("FLOAT32_PRECISION")):
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+        logger.info(f"Float32 on GPUs in precision {precision}")
 
 
 class _Bfloat16Conv2d(nn.Conv2d):

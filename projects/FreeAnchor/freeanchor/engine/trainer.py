@@ -31,7 +31,7 @@ from ..errors import DatasetError, FreeAnchorError, LoaderError
 from ..modeling import BagDetector, MultiScaleTest, has_bags, without_ddp
 from ..values import building
 from .checkpoints import BestCheckpointer, Checkpoints, check_best_metric, has_best
-from .defaults import check_config, keep_config, scale_schedule
+from .defaults import check_config, keep_config, report_changes, scale_schedule
 from .evaluators import best_metrics, build_evaluator, looking_into
 from .hooks import MatchingPictures, PreciseBN
 from .learning import LearningCheck
@@ -215,6 +215,8 @@ class Trainer(DefaultTrainer):
         Raises:
             FreeAnchorError: training cannot go on, or the last checkpoint could not be written.
         """
+        if self.start_iter:
+            report_changes(self._unscaled)
         keep_config(self._unscaled)
         logger.info(f"Starting training from iteration {self.start_iter}")
         if self.start_iter >= self.max_iter:
