@@ -71,6 +71,15 @@ def test_data_set_with_rules_of_its_own(script, caplog, kind, is_said):
     assert (f"not that of its evaluator_type {kind}" in caplog.text) == is_said
 
 
+def test_keypoints_are_not_evaluated(script, caplog):
+    """They may be trained, by records of Python; AP of boxes alone is not all that was found."""
+    Trainer.build_evaluator(script, "val")
+    assert "KEYPOINT_ON" not in caplog.text
+    script.MODEL.KEYPOINT_ON = True
+    Trainer.build_evaluator(script, "val")
+    assert "of what MODEL.KEYPOINT_ON finds, boxes and masks alone" in caplog.text
+
+
 class Counter(DatasetEvaluator):
     """Counts the images that it sees."""
 

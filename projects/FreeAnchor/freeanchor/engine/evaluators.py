@@ -51,6 +51,11 @@ def build_evaluator(
             "leave other objects and classes out. For that, override build_evaluator of "
             "freeanchor.engine.Trainer"
         )
+    if cfg.MODEL.KEYPOINT_ON:
+        logger.warning(
+            f"{dataset_name}: of what MODEL.KEYPOINT_ON finds, boxes and masks alone are "
+            "evaluated. For keypoints, override build_evaluator of freeanchor.engine.Trainer"
+        )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     return BoxEvaluator(
         dataset_name,
