@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from conftest import instances, make_it_detect, quick_cfg
+from detectron2.config import defaults
 from detectron2.structures import Boxes
 from freeanchor.engine import Trainer, precision
 from freeanchor.engine.step import TrainStep
@@ -40,6 +41,21 @@ def test_float32_of_gpus(cfg, monkeypatch, value, gpu):
     assert chosen == ([value] if value and gpu else [])
     expected = value != "highest" if value and gpu else before
     assert torch.backends.cudnn.allow_tf32 == expected
+
+
+def test_float32_of_a_run(tiny, monkeypatch):
+    """The command line knows the key where Detectron2 does, and refuses what PyTorch would."""
+    monkeypatch.setitem(defaults._C, "FLOAT32_PRECISION", "")
+    chosen = []
+    monkeypatch.setattr(
+        "freeanchor.engine.defaults.set_float32_precision",
+        lambda cfg: chosen.append(cfg.FLOAT32_PRECISION),
+    )
+    tiny("SOLVER.MAX_ITER", "1", "FLOAT32_PRECISION", "high")
+    assert chosen == ["high"]
+    with pytest.raises(SystemExit) as error:
+        tiny("FLOAT32_PRECISION", "fast", output="other")
+    assert "FLOAT32_PRECISION must be highest, high, medium or empty, got fast" in str(error.value)
 
 
 def batch(count=2, size=96):
